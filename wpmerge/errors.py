@@ -1,0 +1,51 @@
+"""Errors that a user can mend. Anything else is a bug and may show its traceback."""
+
+
+class WpmergeError(Exception):
+    """What went wrong, in terms a user can act on; ``cli`` prints it and exits with code 2.
+
+    Args:
+        what: one sentence that names the fault.
+        where: the file, tensor, line or option it was found in.
+        got: what was there.
+        expected: what should have been there.
+        mend: what to do about it.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        got: object = None,
+        expected: object = None,
+        mend: str | None = None,
+    ) -> None:
+        self.what, self.where, self.got, self.expected, self.mend = what, where, got, expected, mend
+        details = {"where": where, "got": got, "expected": expected, "mend": mend}
+        lines = [what, *(f"  {label}: {value}" for label, value in details.items() if value is not None)]
+        super().__init__("\n".join(lines))
+
+
+class CheckpointError(WpmergeError):
+    """A checkpoint cannot be read, or does not fit the others."""
+
+
+class CapabilityError(WpmergeError):
+    """A capability file is malformed, or its prompts cannot be used."""
+
+
+class AnchorError(WpmergeError):
+    """No layer gives a reliable readout."""
+
+
+class RecipeError(WpmergeError):
+    """A recipe or plan asks for something undefined."""
+
+
+class OutputError(WpmergeError):
+    """The output cannot be written where it was asked for."""
+
+
+class EvaluationError(WpmergeError):
+    """A task or its data is not at hand, or a model cannot be evaluated."""
