@@ -1,0 +1,127 @@
+"""Where a model's weights come from while it is run: memory, disk, or a mixture of other models' weights."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from wpmerge.arch import Layout, Unit
+from wpmerge.checkpoint import Checkpoint, check_finite
+
+Weights = dict[str, Tensor]
+"""Name → tensor: relative to the layer for the weights of a layer, canonical for the rest."""
+
+
+class WeightSource(Protocol):
+    """A model's weights, asked for one layer at a time."""
+
+    def layer(self, index: int) -> Weights:
+        """The weights of one decoder layer, names relative to it."""
+
+    def outer(self) -> Weights:
+        """The weights outside the layers, canonical names."""
+
+
+class CheckpointWeights:
+    """A checkpoint's weights in the compute dtype.
+
+    Args:
+        layout: names the tensors.
+        checkpoint: holds them.
+        device: where they go.
+        dtype: what they are converted to.
+        resident: keep what was read; otherwise read it anew at each call, so that memory holds one layer.
+
+    Raises:
+        CheckpointError: while reading, for a tensor with NaN or Inf.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        checkpoint: Checkpoint,
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        resident: bool = True,
+    ) -> None:
+        self._layout, self._checkpoint, self._device, self._dtype = layout, checkpoint, device, dtype
+        self._kept: dict[int, Weights] | None = {} if resident else None
+
+    def layer(self, index: int) -> Weights:
+        """The weights of one decoder layer, names relative to it."""
+        return self._read(index, self._layout.layer_tensors(index), self._layout.layer_prefix(index))
+
+    def outer(self) -> Weights:
+        """The weights outside the layers, canonical names."""
+        return self._read(-1, self._layout.outer_tensors(), "")
+
+    def _read(self, key: int, names: Sequence[str], prefix: str) -> Weights:
+        if self._kept is not None and key in self._kept:
+            return self._kept[key]
+        weights = {name.removeprefix(prefix): self._load(name) for name in names}
+        if self._kept is not None:
+            self._kept[key] = weights
+        return weights
+
+    def _load(self, name: str) -> Tensor:
+        stored = self._layout.stored[name]
+        tensor = self._checkpoint.load(stored)
+        check_finite(tensor, where=f"{self._checkpoint.source}: {stored}")
+        return tensor.to(device=self._device, dtype=self._dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixedWeights:
+    """A function of other sources' weights, applied where they are asked for: an interpolation, a merge, a graft.
+
+    Attributes:
+        layout: names the tensors.
+        sources: the models that are mixed.
+        mix: canonical name and the sources' tensors of that name → the mixed tensor.
+    """
+
+    layout: Layout
+    sources: tuple[WeightSource, ...]
+    mix: Callable[[str, tuple[Tensor, ...]], Tensor]
+
+    def layer(self, index: int) -> Weights:
+        """The weights of one decoder layer, names relative to it."""
+        return self._mixed([source.layer(index) for source in self.sources], self.layout.layer_prefix(index))
+
+    def outer(self) -> Weights:
+        """The weights outside the layers, canonical names."""
+        return self._mixed([source.outer() for source in self.sources], "")
+
+    def _mixed(self, parts: Sequence[Weights], prefix: str) -> Weights:
+        return {name: self.mix(prefix + name, tuple(part[name] for part in parts)) for name in parts[0]}
+
+
+def swap(layout: Layout, units: Sequence[Unit], into: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> Weights:
+    """``into`` with the slices of ``units`` taken from ``source``: weight patching itself (arXiv:2604.13694, sec. 3).
+
+    Args:
+        layout: knows the units' slices.
+        units: what is replaced; all of one layer, or all outside the layers.
+        into: the weights that are patched, as :class:`WeightSource` gives them; left unchanged.
+        source: the weights the slices come from, same names.
+    """
+    prefix = "" if layout.is_outer(units[0]) else layout.layer_prefix(units[0].layer)
+    patched = dict(into)
+    copied: set[str] = set()
+    for unit in units:
+        for piece in layout.slices(unit):
+            name = piece.tensor.removeprefix(prefix)
+            if piece.axis is None:
+                patched[name] = source[name]
+                continue
+            if name not in copied:
+                patched[name] = patched[name].clone()
+                copied.add(name)
+            span = piece.stop - piece.start
+            patched[name].narrow(piece.axis, piece.start, span).copy_(
+                source[name].narrow(piece.axis, piece.start, span)
+            )
+    return patched
