@@ -7,7 +7,7 @@ import wpmerge.arch
 SIZES = {
     "vocab_size": 61,
     "hidden_size": 16,
-    "intermediate_size": 20,
+    "intermediate_size": 32,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -25,14 +25,20 @@ CONFIGS: dict[str, dict[str, object]] = {
     "qwen2": {**SIZES, "use_sliding_window": True, "sliding_window": 5, "layer_types": LAYER_TYPES},
     "qwen3": {**SIZES, "head_dim": 6, "attention_bias": True},
     "gemma2": {**SIZES, "head_dim": 6, "query_pre_attn_scalar": 6, "sliding_window": 5, "layer_types": LAYER_TYPES},
-    "gemma3_text": {**SIZES, "head_dim": 6, "query_pre_attn_scalar": 6, "sliding_window": 5, "layer_types": LAYER_TYPES},
+    "gemma3_text": {
+        **SIZES,
+        "head_dim": 6,
+        "query_pre_attn_scalar": 6,
+        "sliding_window": 5,
+        "layer_types": LAYER_TYPES,
+    },
     "phi3": {**SIZES, "sliding_window": 5},
     "olmo2": dict(SIZES),
     "gpt_neox": {**NO_GQA, "use_parallel_residual": True},
     "gpt2": {
         "vocab_size": 61,
         "n_embd": 16,
-        "n_inner": 20,
+        "n_inner": 32,
         "n_layer": 3,
         "n_head": 4,
         "n_positions": 64,
@@ -60,3 +66,23 @@ def tiny_model(model_type: str, *, seed: int, dtype: torch.dtype = torch.float32
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return model.to(dtype).eval()
+
+
+class ModelWeights:
+    """A transformers model as a source of weights."""
+
+    def __init__(self, layout: wpmerge.arch.Layout, tensors: dict[str, torch.Tensor]) -> None:
+        self.layout, self.tensors = layout, tensors
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> "ModelWeights":
+        tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+        return cls(wpmerge.arch.Layout(model.config.to_dict(), shapes), tensors)
+
+    def layer(self, index: int) -> dict[str, torch.Tensor]:
+        prefix = self.layout.layer_prefix(index)
+        return {name.removeprefix(prefix): self.tensors[name] for name in self.layout.layer_tensors(index)}
+
+    def outer(self) -> dict[str, torch.Tensor]:
+        return {name: self.tensors[name] for name in self.layout.outer_tensors()}

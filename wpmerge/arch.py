@@ -14,10 +14,27 @@ from typing import Any, Literal
 
 from wpmerge.errors import CheckpointError
 
-Kind = Literal["head", "neuron", "kv_group", "norm", "output_bias", "embedding", "positions", "final_norm", "lm_head"]
+Kind = Literal[
+    "head",
+    "neuron",
+    "kv_group",
+    "norm",
+    "output_bias",
+    "embedding",
+    "positions",
+    "final_norm",
+    "lm_head",
+    "attention",
+    "mlp",
+    "layer",
+    "tensor",
+]
 LAYER_KINDS: tuple[Kind, ...] = ("head", "neuron", "kv_group", "norm", "output_bias")
 MODEL_KINDS: tuple[Kind, ...] = ("embedding", "positions", "final_norm", "lm_head")
 KINDS: tuple[Kind, ...] = LAYER_KINDS + MODEL_KINDS
+"""The finest units: every parameter belongs to exactly one."""
+COARSE_KINDS: tuple[Kind, ...] = ("attention", "mlp", "layer", "tensor")
+"""For coarse scans: a layer's attention module, its MLP module, the whole layer, one tensor of it."""
 
 BUFFERS = re.compile(
     r"(^|\.)(attn\.bias|attn\.masked_bias|attention\.bias|attention\.masked_bias|rotary_emb\.inv_freq)$"
@@ -30,7 +47,7 @@ class Unit:
     """A set of weight slices that is replaced as one.
 
     Attributes:
-        kind: one of :data:`KINDS`.
+        kind: one of :data:`KINDS` or :data:`COARSE_KINDS`.
         layer: the decoder layer, from 0; 0 for a unit of the whole model.
         index: which of the layer's units of this kind.
     """
@@ -282,7 +299,9 @@ class Layout:
 
     def shape(self, kind: Kind) -> tuple[int, int]:
         """The shape of an array of one number per unit of ``kind``: [layers or 1, units]."""
-        return (self.layers if kind in LAYER_KINDS else 1, self.counts[kind])
+        if kind in COARSE_KINDS:
+            return (self.layers, len(self.layer_tensors(0)) if kind == "tensor" else 1)
+        return (1 if kind in MODEL_KINDS else self.layers, self.counts[kind])
 
     def units(self, kind: Kind) -> Iterator[Unit]:
         """All units of a kind, layer by layer."""
@@ -293,7 +312,15 @@ class Layout:
 
     def slices(self, unit: Unit) -> tuple[Slice, ...]:
         """The weight slices that ``unit`` replaces, canonical names."""
-        return self._slices[unit]
+        if unit.kind not in COARSE_KINDS:
+            return self._slices[unit]
+        names = self.layer_tensors(unit.layer)
+        if unit.kind == "tensor":
+            names = names[unit.index : unit.index + 1]
+        elif unit.kind != "layer":
+            module = self.arch.attention if unit.kind == "attention" else self.arch.mlp
+            names = tuple(name for name in names if name.startswith(f"{self.layer_prefix(unit.layer)}{module}."))
+        return tuple(Slice(tensor=name, axis=None, start=0, stop=1) for name in names)
 
     @cached_property
     def _slices(self) -> dict[Unit, tuple[Slice, ...]]:
@@ -353,6 +380,8 @@ class Layout:
             return list(self.arch.norms)
         if kind == "output_bias":
             return [module for module in (self.arch.attention_out, self.arch.mlp_out) if self._has_bias(module)]
+        if kind == "tensor":
+            return [name.removeprefix(self.layer_prefix(0)) for name in self.layer_tensors(0)]
         return None
 
     def _has_bias(self, module: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from wpmerge.arch import Layout, Unit
+from wpmerge.arch import Kind, Layout, Slice
 from wpmerge.checkpoint import Checkpoint, check_finite
 
 Weights = dict[str, Tensor]
@@ -99,29 +99,42 @@ class MixedWeights:
         return {name: self.mix(prefix + name, tuple(part[name] for part in parts)) for name in parts[0]}
 
 
-def swap(layout: Layout, units: Sequence[Unit], into: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> Weights:
-    """``into`` with the slices of ``units`` taken from ``source``: weight patching itself (arXiv:2604.13694, sec. 3).
+def swap(
+    pieces: Sequence[Slice], into: Mapping[str, Tensor], source: Mapping[str, Tensor], *, prefix: str = ""
+) -> Weights:
+    """``into`` with ``pieces`` taken from ``source``: weight patching itself (arXiv:2604.13694, section 3).
 
     Args:
-        layout: knows the units' slices.
-        units: what is replaced; all of one layer, or all outside the layers.
+        pieces: what is replaced, canonical names.
         into: the weights that are patched, as :class:`WeightSource` gives them; left unchanged.
-        source: the weights the slices come from, same names.
+        source: the weights the pieces come from, same names.
+        prefix: what the canonical names have before the names of ``into``, :meth:`Layout.layer_prefix` for a layer.
     """
-    prefix = "" if layout.is_outer(units[0]) else layout.layer_prefix(units[0].layer)
     patched = dict(into)
     copied: set[str] = set()
-    for unit in units:
-        for piece in layout.slices(unit):
-            name = piece.tensor.removeprefix(prefix)
-            if piece.axis is None:
-                patched[name] = source[name]
-                continue
-            if name not in copied:
-                patched[name] = patched[name].clone()
-                copied.add(name)
-            span = piece.stop - piece.start
-            patched[name].narrow(piece.axis, piece.start, span).copy_(
-                source[name].narrow(piece.axis, piece.start, span)
-            )
+    for piece in pieces:
+        name = piece.tensor.removeprefix(prefix)
+        if piece.axis is None:
+            patched[name] = source[name]
+            continue
+        if name not in copied:
+            patched[name] = patched[name].clone()
+            copied.add(name)
+        span = piece.stop - piece.start
+        patched[name].narrow(piece.axis, piece.start, span).copy_(source[name].narrow(piece.axis, piece.start, span))
     return patched
+
+
+def swap_kind(layout: Layout, kind: Kind, layer: int, into: Weights, source: Weights) -> Weights:
+    """``into`` with every unit of one kind in one layer taken from ``source``."""
+    prefix = layout.layer_prefix(layer)
+    pieces = []
+    for name in into:
+        units = layout.tensors[prefix + name]
+        kinds = {segment.kind for segment in units.segments}
+        if kinds == {kind}:
+            pieces.append(Slice(tensor=prefix + name, axis=None, start=0, stop=0))
+        elif kind in kinds:
+            own = [segment for segment in units.segments if segment.kind == kind]
+            pieces += [Slice(tensor=prefix + name, axis=units.axis, start=s.start, stop=s.stop) for s in own]
+    return swap(pieces, into, source, prefix=prefix)

@@ -1,0 +1,226 @@
+"""Readouts: differentiable scalars F(θ) of a capability on a fixed set of prompts, and how a run ends in one.
+
+F is the mean over *items* (prompts, or contrast pairs) of a number each, so that sums over prompt shards combine and
+intervals can be had by resampling items. Definitions: docs/method.md, section "Readouts".
+
+Shape suffixes: U patched copies of the model, T tokens of a row, D residual width, N read positions of a row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from wpmerge.engine import Engine, Entry
+from wpmerge.rows import Row
+from wpmerge.weights import Weights, WeightSource
+
+
+class Readout(Protocol):
+    """A differentiable scalar of a capability.
+
+    Attributes:
+        layer: the residual stream is read after this layer; nothing above it is run, or scored.
+        items: over how many items F is the mean.
+        reads_output: it goes on through the final norm and the head.
+    """
+
+    layer: int
+    items: int
+    reads_output: bool
+
+    def places(self, row: Row) -> Int[Tensor, " N"]:
+        """Where in the row the residual stream is read."""
+
+    def read(
+        self, engine: Engine, outer: Weights, hidden: Float[Tensor, "U N D"], row: Row
+    ) -> Float[Tensor, "U items"]:
+        """The row's contribution to each item's number, from the residual stream at :meth:`places`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AnchorReadout:
+    """⟨a_l*(x), v⟩ at each prompt's last token, as given by an anchor; items may weigh several prompts.
+
+    Attributes:
+        layer: l*.
+        direction: v, of unit length.
+        item: sequence number → the item it belongs to.
+        sign: sequence number → +1, or −1 for a pair's prompt without the instruction.
+        items: number of items.
+    """
+
+    layer: int
+    direction: Float[Tensor, " D"]
+    item: Sequence[int]
+    sign: Sequence[float]
+    items: int
+    reads_output: bool = False
+
+    def places(self, row: Row) -> Int[Tensor, " N"]:
+        """The last token of every prompt."""
+        return torch.stack([place[-1] for place in row.places.values()])
+
+    def read(
+        self, engine: Engine, outer: Weights, hidden: Float[Tensor, "U N D"], row: Row
+    ) -> Float[Tensor, "U items"]:
+        """Projections on v, signed, summed per item."""
+        projections = hidden @ self.direction.to(hidden)
+        signs = torch.tensor([self.sign[number] for number in row.places]).to(hidden)
+        items = torch.tensor([self.item[number] for number in row.places], device=hidden.device)
+        zeros = hidden.new_zeros(hidden.shape[0], self.items)
+        return zeros.index_add(1, items, projections * signs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LogProbReadout:
+    """Mean log-probability, nats per token, of each sequence's reference: its tokens from ``starts`` on.
+
+    Attributes:
+        layer: the last layer.
+        sequences: prompt and reference tokens; each sequence is an item.
+        starts: sequence number → index of the reference's first token, at least 1.
+    """
+
+    layer: int
+    sequences: Sequence[Sequence[int]]
+    starts: Sequence[int]
+    reads_output: bool = True
+
+    @property
+    def items(self) -> int:
+        """One per sequence."""
+        return len(self.sequences)
+
+    def places(self, row: Row) -> Int[Tensor, " N"]:
+        """The tokens before each reference token."""
+        return torch.cat([place[self.starts[number] - 1 : -1] for number, place in row.places.items()])
+
+    def read(
+        self, engine: Engine, outer: Weights, hidden: Float[Tensor, "U N D"], row: Row
+    ) -> Float[Tensor, "U items"]:
+        """Log-probabilities of the reference tokens, averaged per item."""
+        targets = [token for number in row.places for token in self.sequences[number][self.starts[number] :]]
+        logits = engine.logits(outer, hidden)
+        chosen = logits.gather(2, torch.tensor(targets, device=hidden.device).expand(len(logits), -1)[..., None])
+        return _mean_per_item(self, row, chosen[..., 0] - logits.logsumexp(dim=-1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DivergenceReadout:
+    """−KL(teacher ‖ model) on the next-token distributions along each reference, nats per token.
+
+    Attributes:
+        layer: the last layer.
+        sequences: prompt and reference tokens; each sequence is an item.
+        starts: sequence number → index of the reference's first token, at least 1.
+        teacher: sequence number → the teacher's residual stream at the item's places, [tokens, D].
+        teacher_outer: the teacher's final norm and head.
+    """
+
+    layer: int
+    sequences: Sequence[Sequence[int]]
+    starts: Sequence[int]
+    teacher: Sequence[Tensor]
+    teacher_outer: Weights
+    reads_output: bool = True
+
+    @property
+    def items(self) -> int:
+        """One per sequence."""
+        return len(self.sequences)
+
+    def places(self, row: Row) -> Int[Tensor, " N"]:
+        """The tokens before each reference token."""
+        return torch.cat([place[self.starts[number] - 1 : -1] for number, place in row.places.items()])
+
+    def read(
+        self, engine: Engine, outer: Weights, hidden: Float[Tensor, "U N D"], row: Row
+    ) -> Float[Tensor, "U items"]:
+        """Minus the divergence at each place, averaged per item."""
+        teacher = torch.cat([self.teacher[number] for number in row.places])[None]
+        target = engine.logits(self.teacher_outer, teacher).log_softmax(dim=-1)
+        model = engine.logits(outer, hidden).log_softmax(dim=-1)
+        return _mean_per_item(self, row, -(target.exp() * (target - model)).sum(dim=-1))
+
+
+def _mean_per_item(
+    readout: LogProbReadout | DivergenceReadout, row: Row, values: Float[Tensor, "U N"]
+) -> Float[Tensor, "U items"]:
+    lengths = [len(readout.sequences[number]) - readout.starts[number] for number in row.places]
+    numbers = torch.tensor(list(row.places), device=values.device)
+    lengths_n = torch.tensor(lengths, device=values.device)
+    items = numbers.repeat_interleave(lengths_n)
+    weights = (1.0 / lengths_n.to(values)).repeat_interleave(lengths_n)
+    return values.new_zeros(values.shape[0], readout.items).index_add(1, items, values * weights)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trace:
+    """A run that kept the residual stream.
+
+    Attributes:
+        entries: per row, how it entered.
+        hidden: per row, the residual stream entering layers 0, 1, … and, last, leaving the last layer run.
+    """
+
+    entries: list[Entry]
+    hidden: list[list[Float[Tensor, "1 T D"]]]
+
+
+@torch.no_grad()
+def trace(engine: Engine, source: WeightSource, rows: Sequence[Row], *, last: int) -> Trace:
+    """Run layers 0 to ``last`` on all rows, one layer's weights at a time, keeping every layer's input."""
+    outer = source.outer()
+    entries = [engine.embed(outer, row) for row in rows]
+    hidden = [[entry.hidden] for entry in entries]
+    for index in range(last + 1):
+        weights = source.layer(index)
+        for entry, states in zip(entries, hidden, strict=True):
+            states.append(engine.layer(index, weights, states[-1], entry.calls[index]))
+    return Trace(entries=entries, hidden=hidden)
+
+
+@torch.no_grad()
+def measure(engine: Engine, source: WeightSource, rows: Sequence[Row], readout: Readout) -> Float[Tensor, " items"]:
+    """Each item's number for a model; their mean is F(θ)."""
+    outer = source.outer()
+    entries = [engine.embed(outer, row) for row in rows]
+    states = [entry.hidden for entry in entries]
+    for index in range(readout.layer + 1):
+        weights = source.layer(index)
+        states = [
+            engine.layer(index, weights, hidden, entry.calls[index])
+            for hidden, entry in zip(states, entries, strict=True)
+        ]
+    return read_states(engine, outer, rows, readout, states)[0]
+
+
+def read_states(
+    engine: Engine,
+    outer: Weights,
+    rows: Sequence[Row],
+    readout: Readout,
+    states: Sequence[Float[Tensor, "U T D"]],
+) -> Float[Tensor, "U items"]:
+    """Read finished residual streams, row by row, and add up."""
+    parts = [
+        readout.read(engine, outer, hidden[:, readout.places(row)], row)
+        for row, hidden in zip(rows, states, strict=True)
+    ]
+    return torch.stack(parts).sum(dim=0)
+
+
+def output_gradient(
+    engine: Engine, outer: Weights, row: Row, readout: Readout, hidden: Float[Tensor, "1 T D"]
+) -> Float[Tensor, "1 T D"]:
+    """∂F/∂hidden for the residual stream that a readout reads."""
+    places = readout.places(row)
+    with torch.enable_grad():
+        read = hidden[:, places].detach().requires_grad_()
+        total = readout.read(engine, outer, read, row).sum() / readout.items
+        (gradient,) = torch.autograd.grad(total, read)
+    return torch.zeros_like(hidden).index_add(1, places.to(hidden.device), gradient)
