@@ -40,7 +40,10 @@ class Checkpoint:
         config: ``config.json``.
         tensors: where each tensor lies, sorted by name. A head tied to the embedding is not among them.
         tied: names stored twice, the left-out name -> the name in ``tensors``.
+        adapter: whether this is a base with a LoRA adapter applied as it is read.
     """
+
+    adapter = False
 
     def __init__(
         self,
@@ -111,6 +114,8 @@ class Checkpoint:
 class _AdaptedCheckpoint(Checkpoint):
     """A base with a LoRA adapter applied as its tensors are read; touched tensors are float32."""
 
+    adapter = True
+
     def __init__(self, *, source: str, base: Checkpoint, adapter: Adapter) -> None:
         tensors = dict(base.tensors)
         for name, key in adapter.replaced.items():
@@ -120,18 +125,18 @@ class _AdaptedCheckpoint(Checkpoint):
             tensors[name] = replace(info, dtype=torch.float32, file=adapter.file.path, offset=-1, nbytes=info.numel * 4)
         super().__init__(source=source, path=adapter.path, config=base.config, files={}, tensors=tensors, tied={})
         self.base = base
-        self._adapter = adapter
+        self._terms = adapter
 
     def load_elements(self, name: str, start: int, stop: int) -> Shaped[Tensor, " n"]:
         info = self._info(name)
         if not 0 <= start <= stop <= info.numel:
             raise IndexError(f"{name} has {info.numel} elements, not {start} to {stop}")
-        if name in self._adapter.replaced:
-            return self._adapter.file.read(self._adapter.replaced[name], start, stop)
+        if name in self._terms.replaced:
+            return self._terms.file.read(self._terms.replaced[name], start, stop)
         block = self.base.load_elements(name, start, stop)
-        if name not in self._adapter.low_rank or start == stop:
+        if name not in self._terms.low_rank or start == stop:
             return block.to(info.dtype)
-        return self._adapter.low_rank[name].block(start, stop).add_(block)
+        return self._terms.low_rank[name].block(start, stop).add_(block)
 
 
 def open_checkpoint(

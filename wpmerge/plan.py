@@ -1,0 +1,245 @@
+"""The Plan artifact: every coefficient of a merge, with where it came from.
+
+On disk a directory with ``plan.safetensors`` (keys ``{expert}/{tensor name}``, float32, a scalar or a vector) and
+``plan.json`` (schema version, the axis of each vector, rule, operator, inputs with content hashes, provenance).
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from wpmerge.checkpoint import Checkpoint
+from wpmerge.directory import read_json
+from wpmerge.errors import CheckpointError, RecipeError
+from wpmerge.output import write_file
+from wpmerge.tensorfile import SafetensorsFile
+
+SCHEMA_VERSION = 1
+BASE = "base"  # the base's name among checkpoints; no expert may bear it
+_EXPERT_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+
+Granularity = Literal["unit", "block", "tensor", "expert"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coefficient:
+    """What a tensor's delta is multiplied by.
+
+    ``values`` is float32: a scalar (0-d) with ``axis`` None, or a vector along ``axis``, as long as the tensor there.
+    """
+
+    values: Float[Tensor, "..."]
+    axis: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.values.dtype != torch.float32 or self.values.ndim != (0 if self.axis is None else 1):
+            raise RecipeError(
+                "a coefficient is malformed",
+                got=f"{self.values.dtype}, {self.values.ndim} axes, along axis {self.axis}",
+                expected="a float32 scalar, or a float32 vector along one axis",
+            )
+
+    def expand(self, shape: tuple[int, ...]) -> Float[Tensor, "..."]:
+        """The coefficient with as many axes as the tensor, ready to multiply its delta."""
+        if self.axis is None:
+            return self.values
+        return self.values.view([-1 if i == self.axis else 1 for i in range(len(shape))])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputModel:
+    """A base or an expert: how the user named it, which weights that were, and whether it is a LoRA adapter."""
+
+    source: str
+    content_hash: str
+    adapter: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Every coefficient of a merge: merged tensor = base + Σ_e coefficient[e] · (expert_e - base).
+
+    Attributes:
+        base: the base.
+        experts: by name.
+        coefficients: expert -> tensor -> coefficient; every expert has an entry for every tensor of the base.
+        rule: the rule that made them (``uniform``, ``scaled``, ...).
+        granularity: the finest level at which they differ; ``tensor`` and ``expert`` have scalars only.
+        provenance: settings, seeds, versions, times; JSON values.
+
+    Raises:
+        RecipeError: an expert without coefficients or with other tensors than the rest, a number that is not finite.
+    """
+
+    base: InputModel
+    experts: Mapping[str, InputModel]
+    coefficients: Mapping[str, Mapping[str, Coefficient]]
+    rule: str
+    granularity: Granularity
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.experts or set(self.experts) != set(self.coefficients):
+            raise RecipeError(
+                "a plan needs coefficients for each of its experts and for no other",
+                got=sorted(self.coefficients),
+                expected=sorted(self.experts) or "at least one expert",
+            )
+        first = next(iter(self.coefficients))
+        for expert, tensors in self.coefficients.items():
+            if expert == BASE or not _EXPERT_NAME.fullmatch(expert):
+                raise RecipeError("not a name for an expert", got=expert, expected="letters, digits, '_', '.', '-'")
+            if odd := sorted(set(tensors) ^ set(self.coefficients[first])):
+                raise RecipeError(
+                    f"experts {first} and {expert} do not have coefficients for the same tensors", where=odd[0]
+                )
+            for name, coefficient in tensors.items():
+                if not math.isfinite(float(coefficient.values.sum())) and not coefficient.values.isfinite().all():
+                    raise RecipeError("a coefficient is not finite", where=f"expert {expert}, tensor {name}")
+                if coefficient.axis is not None and self.granularity in ("tensor", "expert"):
+                    raise RecipeError(
+                        f"a plan of granularity {self.granularity} holds a vector",
+                        where=f"expert {expert}, tensor {name}",
+                    )
+
+    def save(self, directory: Path) -> None:
+        """Write ``plan.safetensors`` and ``plan.json`` into a directory, which is made where it is missing."""
+        directory.mkdir(parents=True, exist_ok=True)
+        arrays = {
+            f"{expert}/{name}": coefficient.values.contiguous()
+            for expert, tensors in self.coefficients.items()
+            for name, coefficient in tensors.items()
+        }
+        axes = {
+            f"{expert}/{name}": coefficient.axis
+            for expert, tensors in self.coefficients.items()
+            for name, coefficient in tensors.items()
+            if coefficient.axis is not None
+        }
+        header = _PlanFile(
+            schema_version=SCHEMA_VERSION,
+            rule=self.rule,
+            granularity=self.granularity,
+            operator="task_arithmetic",
+            base=_InputFile(**asdict(self.base)),
+            experts={name: _InputFile(**asdict(expert)) for name, expert in self.experts.items()},
+            axes=axes,
+            provenance=dict(self.provenance),
+        )
+        write_file(directory / "plan.safetensors", safetensors.torch.save(arrays))
+        write_file(directory / "plan.json", header.model_dump_json(indent=2))
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _InputFile(_Strict):
+    source: str
+    content_hash: str
+    adapter: bool
+
+
+class _PlanFile(_Strict):
+    """``plan.json``."""
+
+    schema_version: int
+    rule: str
+    granularity: Granularity
+    operator: Literal["task_arithmetic"]
+    base: _InputFile
+    experts: dict[str, _InputFile]
+    axes: dict[str, int]
+    provenance: dict[str, Any]
+
+
+def input_model(checkpoint: Checkpoint) -> InputModel:
+    """A checkpoint as a plan records it."""
+    return InputModel(source=checkpoint.source, content_hash=checkpoint.content_hash(), adapter=checkpoint.adapter)
+
+
+def load_plan(directory: Path) -> Plan:
+    """Read a plan from a directory.
+
+    Raises:
+        RecipeError: a file is missing or malformed, or was written by a later version.
+    """
+    try:
+        raw = read_json(directory / "plan.json")
+        arrays = SafetensorsFile(directory / "plan.safetensors")
+    except CheckpointError as error:
+        raise RecipeError(
+            "a plan cannot be read",
+            where=error.where,
+            got=error.got or error.what,
+            expected="plan.json, plan.safetensors",
+        ) from None
+    where = directory / "plan.json"
+    if raw.get("schema_version") != SCHEMA_VERSION:
+        raise RecipeError(
+            "a plan of an unknown schema version",
+            where=where,
+            got=raw.get("schema_version"),
+            expected=SCHEMA_VERSION,
+            mend="use the version of wpmerge that wrote it",
+        )
+    try:
+        header = _PlanFile.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        raise RecipeError("a plan is malformed", where=where, got=describe(error)) from None
+    coefficients: dict[str, dict[str, Coefficient]] = {name: {} for name in header.experts}
+    for key, info in arrays.tensors.items():
+        expert, _, tensor = key.partition("/")
+        if expert not in coefficients:
+            raise RecipeError("a plan holds coefficients of an unknown expert", where=arrays.path, got=key)
+        values = arrays.read(key, 0, info.numel).view(info.shape)
+        coefficients[expert][tensor] = Coefficient(values=values, axis=header.axes.get(key))
+    if stray := sorted(set(header.axes) - set(arrays.tensors)):
+        raise RecipeError("a plan names the axis of a coefficient that it does not hold", where=where, got=stray[0])
+    return Plan(
+        base=InputModel(**header.base.model_dump()),
+        experts={name: InputModel(**entry.model_dump()) for name, entry in header.experts.items()},
+        coefficients=coefficients,
+        rule=header.rule,
+        granularity=header.granularity,
+        provenance=header.provenance,
+    )
+
+
+def describe(error: ValidationError) -> str:
+    """A schema violation in one line: the first fault, and how many there are."""
+    faults = error.errors(include_url=False)
+    place = ".".join(str(part) for part in faults[0]["loc"])
+    return f"{place}: {faults[0]['msg']}" + (f" ({len(faults)} faults in all)" if len(faults) > 1 else "")
+
+
+def check_plan(plan: Plan, base: Checkpoint) -> None:
+    """Refuse a plan whose coefficients do not fit the base.
+
+    Raises:
+        RecipeError: names the first tensor that is missing, unknown or of another length.
+    """
+    for expert, tensors in plan.coefficients.items():
+        if odd := sorted(set(tensors) ^ set(base.tensors)):
+            kind = "has no coefficient for" if odd[0] in base.tensors else "has a coefficient for an unknown"
+            raise RecipeError(f"the plan {kind} tensor {odd[0]}", where=f"expert {expert}", mend="fuse again")
+        for name, coefficient in tensors.items():
+            shape = base.tensors[name].shape
+            axis = coefficient.axis
+            if axis is not None and not (0 <= axis < len(shape) and coefficient.values.numel() == shape[axis]):
+                raise RecipeError(
+                    f"a coefficient does not fit tensor {name}",
+                    where=f"expert {expert}",
+                    got=f"{coefficient.values.numel()} values along axis {axis}",
+                    expected=f"shape {shape}",
+                )
