@@ -66,7 +66,10 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """What an adapter directory changes: low-rank terms, and tensors stored whole (``modules_to_save``, biases)."""
+    """What an adapter directory changes: tensors stored whole (``modules_to_save``, biases), and low-rank terms.
+
+    A tensor may be both: peft stores the embedding beside the factors that adapt it.
+    """
 
     path: Path
     file: TensorFile
@@ -115,8 +118,6 @@ def read_adapter(path: Path, base: Mapping[str, TensorInfo]) -> Adapter:
                 got=file.tensors[key].shape,
                 expected=base[target].shape,
             )
-        if target in low_rank:
-            raise CheckpointError(f"the adapter both replaces and adds to {target}", where=found)
     return Adapter(path=path, file=file, low_rank=low_rank, replaced=replaced)
 
 

@@ -132,8 +132,9 @@ class _AdaptedCheckpoint(Checkpoint):
         if not 0 <= start <= stop <= info.numel:
             raise IndexError(f"{name} has {info.numel} elements, not {start} to {stop}")
         if name in self._terms.replaced:
-            return self._terms.file.read(self._terms.replaced[name], start, stop)
-        block = self.base.load_elements(name, start, stop)
+            block = self._terms.file.read(self._terms.replaced[name], start, stop)
+        else:
+            block = self.base.load_elements(name, start, stop)
         if name not in self._terms.low_rank or start == stop:
             return block.to(info.dtype)
         return self._terms.low_rank[name].block(start, stop).add_(block)
