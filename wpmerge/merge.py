@@ -275,13 +275,13 @@ def _write(
         fingerprint=_fingerprint(jobs, shards),
         total=total,
     ) as directory:
-        merge_jobs(jobs, shards, directory, threads=settings.threads, sync=settings.sync, progress=settings.progress)
         if len(shards) > 1:
             write_file(directory / "model.safetensors.index.json", index_json(shards))
         write_file(directory / "config.json", json.dumps(_config(donor.config, settings.dtype), indent=2))
         for file in copied:
             write_file(directory / file.name, file.read_bytes())
         add_papers(directory)
+        merge_jobs(jobs, shards, directory, threads=settings.threads, sync=settings.sync, progress=settings.progress)
     return MergeSummary(
         out=out,
         tensors=len(jobs),

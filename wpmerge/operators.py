@@ -41,10 +41,11 @@ def weighted_sum(
     like: Float[Tensor, "*block"],
 ) -> Float[Tensor, "*block"]:
     """Σ c_i term_i in the order given; zeros shaped like ``like`` where there are no terms."""
-    total = torch.zeros_like(like)
-    for i, (term, coefficient) in enumerate(zip(terms, coefficients, strict=True)):
-        total = term * coefficient if i == 0 else total.add_(term * coefficient)
-    return total
+    total = None
+    for term, coefficient in zip(terms, coefficients, strict=True):
+        weighted = term * coefficient
+        total = weighted if total is None else total.add_(weighted)
+    return torch.zeros_like(like) if total is None else total
 
 
 def keep_largest(delta: Float[Tensor, " n"], density: float) -> Float[Tensor, " n"]:

@@ -115,8 +115,8 @@ class Plan:
     def save(self, directory: Path) -> None:
         """Write ``plan.safetensors`` and ``plan.json`` into a directory, which is made where it is missing."""
         directory.mkdir(parents=True, exist_ok=True)
-        arrays = {
-            f"{expert}/{name}": coefficient.values.contiguous()
+        arrays = {  # cloned: experts may share a tensor, which safetensors refuses
+            f"{expert}/{name}": coefficient.values.clone()
             for expert, tensors in self.coefficients.items()
             for name, coefficient in tensors.items()
         }
