@@ -121,6 +121,19 @@ def bootstrap_scores(
     return scores
 
 
+def percentile_interval(
+    value: float, draws: Float[np.ndarray, " resamples"], confidence: float = CONFIDENCE
+) -> Interval:
+    """``value`` with the central ``confidence`` of the bootstrap's draws; bounds are NaN when more of the draws than
+    ``1 − confidence`` are."""
+    defined = draws[~np.isnan(draws)]
+    if len(defined) < confidence * len(draws):
+        return Interval(value=value, low=float("nan"), high=float("nan"))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(defined, [tail, 1 - tail])
+    return Interval(value=value, low=float(low), high=float(high))
+
+
 def paired_difference(
     model: Outcomes,
     reference: Outcomes,
@@ -135,7 +148,7 @@ def paired_difference(
         ValueError: the outcomes are not of the same documents.
     """
     scores = bootstrap_scores([model, reference], resamples=resamples, seed=seed)
-    return _interval(mean_score(model) - mean_score(reference), scores[0] - scores[1], confidence)
+    return percentile_interval(mean_score(model) - mean_score(reference), scores[0] - scores[1], confidence)
 
 
 def retention(
@@ -163,9 +176,11 @@ def retention(
         draws.append(_recovered(*bootstrap_scores(triple, resamples=resamples, seed=seeds[skill.documents])))
     table, samples = np.array(values), np.stack(draws)
     return Retention(
-        skills={name: _interval(values[index], samples[index], confidence) for index, name in enumerate(skills)},
-        mean=_interval(float(table.mean()), samples.mean(axis=0), confidence),
-        minimum=_interval(float(table.min()), samples.min(axis=0), confidence),
+        skills={
+            name: percentile_interval(values[index], samples[index], confidence) for index, name in enumerate(skills)
+        },
+        mean=percentile_interval(float(table.mean()), samples.mean(axis=0), confidence),
+        minimum=percentile_interval(float(table.min()), samples.min(axis=0), confidence),
     )
 
 
@@ -178,13 +193,3 @@ def _recovered(
     gap = expert - base
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(gap <= 0, np.nan, (merged - base) / gap)
-
-
-def _interval(value: float, draws: Float[np.ndarray, " resamples"], confidence: float) -> Interval:
-    """Percentile interval; undefined when too many draws are."""
-    defined = draws[~np.isnan(draws)]
-    if len(defined) < confidence * len(draws):
-        return Interval(value=value, low=float("nan"), high=float("nan"))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(defined, [tail, 1 - tail])
-    return Interval(value=value, low=float(low), high=float(high))

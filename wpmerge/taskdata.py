@@ -125,10 +125,15 @@ def judge_answer(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, bo
     answer, response = json.loads(doc["answer"]), results[0].strip()
     if isinstance(answer, bool) or not isinstance(answer, int | float | str):
         try:
-            return {"answer_acc": bool(json.loads(response) == answer)}
-        except json.JSONDecodeError:
+            return {"answer_acc": _canonical(response) == _canonical(doc["answer"])}
+        except (ValueError, RecursionError):  # no JSON, or brackets without end
             return {"answer_acc": False}
     if isinstance(answer, str):
         return {"answer_acc": response == answer.strip()}
     said = _ANSWER_IS.findall(response)
     return {"answer_acc": bool(said) and float(said[-1].replace(",", "")) == float(answer)}
+
+
+def _canonical(text: str) -> str:
+    """JSON in one spelling: 1 and 1.0 are the same, 1 and true are not."""
+    return json.dumps(json.loads(text, parse_int=float), sort_keys=True)

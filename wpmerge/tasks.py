@@ -7,6 +7,7 @@ with IFEval's fields are judged by IFEval's checkers, rows of ``{"prompt", "answ
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import json
 import logging
@@ -103,12 +104,20 @@ def load_tasks(
     return TaskSuite(names=names, loaded=tuple(loaded), leaves=leaves, manager=manager, sources=sources)
 
 
+@functools.cache
+def _description() -> str:
+    from torch.utils.collect_env import get_env_info, pretty_str
+
+    return str(pretty_str(get_env_info()))
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep lm-eval's log lines and progress bars off stderr; its errors still show."""
+    """Keep lm-eval's log lines and progress bars off stderr, its errors still show; describe the machine once, which
+    lm-eval does for every model at a second each."""
     tqdm = importlib.import_module("tqdm").tqdm
-
-    logger, original = logging.getLogger("lm_eval"), tqdm.__init__
+    machine: Any = importlib.import_module("torch.utils.collect_env")
+    logger, original, describe = logging.getLogger("lm_eval"), tqdm.__init__, machine.get_pretty_env_info
     level = logger.level
 
     def silent(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -116,10 +125,11 @@ def quiet() -> Iterator[None]:
 
     logger.setLevel(logging.ERROR)
     tqdm.__init__ = silent
+    machine.get_pretty_env_info = _description
     try:
         yield
     finally:
-        tqdm.__init__ = original
+        tqdm.__init__, machine.get_pretty_env_info = original, describe
         logger.setLevel(level)
 
 

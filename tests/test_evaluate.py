@@ -1,0 +1,249 @@
+"""Real lm-eval runs of tiny models whose answers are known: scores, resuming, running out of memory, refusals."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from talkers import FOUR, MURMUR, PLAIN, SHOUT, save_talker, talker, talker_tokenizer
+from transformers import LlamaForCausalLM
+
+from wpmerge.errors import EvaluationError, OutputError, WpmergeError
+from wpmerge.evaluate import evaluate, file_name
+from wpmerge.evaluation import Evaluation, Skill, load_evaluation
+from wpmerge.harness import HarnessSettings
+
+SETTINGS = HarnessSettings(max_gen_tokens=24, device="cpu", batch_size=2)
+STRICT = "ifeval/prompt_level_strict_acc"
+BOTH = ["change_case:english_capital", "punctuation:no_comma"]
+ASKED = [("it has no words", BOTH[:1]), ("the number", BOTH[1:]), ("you and it", BOTH), ("my words", BOTH[1:])]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> dict[str, Path]:
+    rows = [
+        {"key": key, "prompt": prompt, "instruction_id_list": ids, "kwargs": [{} for _ in ids]}
+        for key, (prompt, ids) in enumerate(ASKED)
+    ]
+    path = tmp_path / "ifeval.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"ifeval": path}
+
+
+def run(models: Mapping[str, Any], out: Path | None, data: Mapping[str, Any], **options: Any) -> Evaluation:
+    return evaluate(models, out=out, **{"task_data": data, "settings": SETTINGS, "say": lambda _: None, **options})
+
+
+def pair(sentence: str, **options: Any) -> tuple[Any, Any]:
+    return talker(sentence, **options), talker_tokenizer()
+
+
+def test_scores_of_known_answers(tmp_path: Path, data: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    progress: list[tuple[str, int, int]] = []
+    base = save_talker(tmp_path / "base", MURMUR)
+    capfd.readouterr()
+    found = run(
+        {"base": base, "expert": pair(SHOUT), "merge": lambda: pair(PLAIN)},
+        tmp_path / "out",
+        data,
+        base="base",
+        skills={"format": Skill(expert="expert", metric=STRICT)},
+        progress=lambda *each: progress.append(each),
+    )
+    # of 4 prompts, with 3 + 2 instructions: capitals in 0 and 2, no comma in 1, 2 and 3
+    assert [each.scores[STRICT].value for each in found.models.values()] == [0.0, 1.0, 0.5]
+    scores = found.models["merge"].scores
+    assert scores["ifeval/inst_level_strict_acc"].value == 3 / 5
+    assert scores["ifeval/inst_level_loose_acc/punctuation:no_comma"].value == 1.0
+    assert scores["ifeval/inst_level_loose_acc/punctuation:no_comma"].n == 3
+    assert scores["ifeval/inst_level_strict_acc/change_case:english_capital"].value == 0.0
+    assert found.retention()["merge"].skills["format"].value == 0.5
+    assert found.differences()["merge"][STRICT].value == 0.5
+    assert [each for each in progress if each[0] == "base"] == [("base", done, 4) for done in (1, 2, 3, 4)]
+    assert load_evaluation(tmp_path / "out") == found
+    _check_files(tmp_path, found)
+    noise = [line for line in capfd.readouterr().err.splitlines() if "it/s]" in line and "Loading weights" not in line]
+    assert noise == []
+
+
+def _check_files(tmp_path: Path, found: Evaluation) -> None:
+    """lm-eval's own numbers and texts lie beside ours, and nothing else is left."""
+    own = json.loads((tmp_path / "out" / "lm_eval" / "merge.json").read_text())
+    row = own["results"]["ifeval"]
+    score = found.models["merge"].scores[STRICT]
+    assert row["prompt_level_strict_acc,none"] == score.value
+    assert row["prompt_level_strict_acc_stderr,none"] == pytest.approx(score.stderr)
+    samples = [json.loads(line) for line in (tmp_path / "out" / "lm_eval" / "merge.ifeval.jsonl").open()]
+    assert [each["resps"][0][0] for each in samples] == [PLAIN] * 4
+    assert samples[0]["arguments"][0][0] == "<user> it has no words <assistant>"
+    assert {each.name for each in tmp_path.iterdir()} == {"base", "ifeval.jsonl", "out"}
+    assert all(len(each.chat_template or "") == 64 for each in found.models.values())
+
+
+def test_without_a_template_the_prompt_is_bare(data: dict[str, Path], tmp_path: Path) -> None:
+    bare = (talker(PLAIN), talker_tokenizer(template=None))
+    found = run({"bare": bare, "off": pair(PLAIN), "on": pair(PLAIN)}, None, data, settings=SETTINGS)
+    assert found.models["bare"].chat_template is None
+    assert found.models["on"].chat_template is not None
+    # it goes on from the prompt's last word: "." after "words", which has no comma; nothing after "number" and "it"
+    assert found.models["bare"].credits[STRICT] == [[0], [0], [0], [1]]
+    assert any("different chat templates" in flag for flag in found.flags())
+    off = HarnessSettings(max_gen_tokens=24, chat_template=False)
+    assert run({"off": pair(PLAIN)}, None, data, settings=off).models["off"].chat_template is None
+    with pytest.raises(EvaluationError, match=r"tokenizer has none(.|\n)*bare"):
+        run({"bare": bare}, None, data, settings=HarnessSettings(max_gen_tokens=24, chat_template=True))
+
+
+def test_local_answers_and_limit(tmp_path: Path) -> None:
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "the number", "answer": n}) + "\n" for n in (4, 12, 4)))
+    options = {"tasks": ["sums"], "task_data": {"sums": path}}
+    found = run({"m": pair(FOUR)}, None, {}, **options)
+    assert found.models["m"].scores["sums/answer_acc"].value == pytest.approx(2 / 3)
+    two = run({"m": pair(FOUR)}, None, {}, **options, settings=HarnessSettings(max_gen_tokens=24, limit=2))
+    assert two.models["m"].credits["sums/answer_acc"] == [[1], [0]]
+    assert len(two.documents["sums"]) == 2
+
+
+class Fragile(LlamaForCausalLM):
+    """Runs out of memory above a batch of one."""
+
+    def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if len(input_ids) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return super().forward(input_ids, *args, **kwargs)
+
+
+class Hopeless(LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+
+
+def test_the_batch_is_halved_when_memory_runs_out(data: dict[str, Path]) -> None:
+    said: list[str] = []
+    settings = HarnessSettings(max_gen_tokens=24, batch_size=4)
+    found = run({"m": pair(SHOUT, kind=Fragile)}, None, data, settings=settings, say=said.append)
+    assert found.models["m"].scores[STRICT].value == 1.0
+    assert found.models["m"].batch_size == 1
+    assert [each for each in said if "memory" in each] == [
+        "m: memory ran out at batch size 4; going on with 2",
+        "m: memory ran out at batch size 2; going on with 1",
+    ]
+    with pytest.raises(EvaluationError, match=r"Memory ran out(.|\n)*batch size 1"):
+        run({"m": pair(SHOUT, kind=Hopeless)}, None, data)
+
+
+class Interrupted(LlamaForCausalLM):
+    """Stops like Ctrl-C after two batches."""
+
+    prompts = 0
+
+    def forward(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        Interrupted.prompts += input_ids.shape[1] > 1
+        if Interrupted.prompts == 2:
+            raise KeyboardInterrupt
+        return super().forward(input_ids, *args, **kwargs)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, data: dict[str, Path]) -> None:
+    Interrupted.prompts = 0
+    models = {"first": pair(PLAIN), "second": pair(SHOUT, kind=Interrupted)}
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(models, out, data)
+    assert not out.exists()
+    said: list[str] = []
+    found = run(models, out, data, say=said.append)
+    assert said == [
+        "first: finished in an earlier run",
+        "second: going on with the requests that an earlier run finished",
+    ]
+    assert Interrupted.prompts == 3  # of two batches the first was kept, the second run again
+    assert [each.scores[STRICT].value for each in found.models.values()] == [0.5, 1.0]
+    assert {each.name for each in tmp_path.iterdir()} == {"ifeval.jsonl", "out"}
+
+
+def test_finished_models_are_not_taken_for_others(tmp_path: Path, data: dict[str, Path]) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(EvaluationError):
+        run({"m": pair(PLAIN), "bad": pair(PLAIN, window=16)}, out, data)
+    said: list[str] = []
+    found = run({"m": pair(SHOUT)}, out, data, say=said.append)  # same name, other weights
+    assert said == []
+    assert found.models["m"].scores[STRICT].value == 1.0
+
+
+def test_an_evaluation_is_replaced_only_when_asked(tmp_path: Path, data: dict[str, Path]) -> None:
+    out = tmp_path / "out"
+    run({"m": pair(PLAIN)}, out, data)
+    with pytest.raises(OutputError, match="--overwrite"):
+        run({"m": pair(SHOUT)}, out, data)
+    assert load_evaluation(out).models["m"].scores[STRICT].value == 0.5
+    run({"m": pair(SHOUT)}, out, data, overwrite=True)
+    assert load_evaluation(out).models["m"].scores[STRICT].value == 1.0
+    model = save_talker(tmp_path / "model", PLAIN)
+    with pytest.raises(OutputError, match="input"):
+        run({"m": model}, model, data, overwrite=True)
+    assert (model / "model.safetensors").is_file()
+
+
+def test_what_is_no_model_is_refused_before_any_work(tmp_path: Path, data: dict[str, Path]) -> None:
+    empty, adapter = tmp_path / "empty", tmp_path / "adapter"
+    empty.mkdir()
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    good, out = pair(PLAIN), tmp_path / "out"
+    for bad, message in [
+        (empty, r"no checkpoint(.|\n)*bad: "),
+        (adapter, "adapter"),
+        (tmp_path / "absent", "no such checkpoint"),
+        ("nobody/nothing", "nobody/nothing"),
+    ]:
+        with pytest.raises(WpmergeError, match=message):
+            run({"good": good, "bad": bad}, out, data)
+    assert not out.exists()
+    broken = save_talker(tmp_path / "broken", PLAIN)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(EvaluationError, match=r"cannot be loaded(.|\n)*bad: "):
+        run({"bad": broken}, out, data)
+    with pytest.raises(EvaluationError, match=r"cannot be loaded(.|\n)*no_such_backend"):
+        run({"m": "x"}, None, data, settings=HarnessSettings(backend="no_such_backend"))
+
+
+def test_refusals_of_names_and_lengths(data: dict[str, Path]) -> None:
+    models = {"m": pair(PLAIN)}
+    with pytest.raises(EvaluationError, match="No model to evaluate"):
+        run({}, None, data)
+    for names in ({"reference": "x"}, {"base": "x"}, {"skills": {"s": Skill(expert="x", metric=STRICT)}}):
+        with pytest.raises(EvaluationError, match=r"No such model(.|\n)*x"):
+            run(models, None, data, **names)
+    with pytest.raises(EvaluationError, match="No outcomes of such a metric"):
+        run(models, None, data, base="m", skills={"s": Skill(expert="m", metric="ifeval/none")})
+    with pytest.raises(EvaluationError, match=r"whole window(.|\n)*1280 new tokens(.|\n)*fewer than 128"):
+        run(models, None, data, settings=HarnessSettings())
+
+
+def test_cut_prompts_are_said(data: dict[str, Path]) -> None:
+    said: list[str] = []
+    found = run({"m": pair(SHOUT, window=28)}, None, data, say=said.append)  # 4 tokens are left for the prompt
+    # only "the number" and "my words" fit, in 4 tokens with the template's two
+    assert found.models["m"].truncated == 2
+    assert said == ["m: 2 prompts were cut from the left to fit the model's window"]
+
+
+def test_file_names_stay_apart() -> None:
+    assert file_name("base") == "base"
+    assert file_name("uniform 0.6") != file_name("uniform_0.6")
+    assert "/" not in file_name("../../etc/passwd")
+    assert file_name("..") not in ("..", ".")

@@ -1,0 +1,305 @@
+"""Evaluate several models on the same tasks with lm-eval; finished models survive an interruption."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from wpmerge.errors import EvaluationError, OutputError
+from wpmerge.evaluation import (
+    FILE,
+    Evaluation,
+    ModelResult,
+    Score,
+    Skill,
+    only_type,
+    result_from_json,
+    score_of,
+    to_json,
+)
+from wpmerge.harness import HarnessSettings, Model, ModelRun, Progress, model_identity, open_source, run_model
+from wpmerge.output import check_output, output_directory, write_file
+from wpmerge.tasks import TaskData, TaskSuite, load_tasks
+
+_PACKAGES = ("wpmerge", "lm_eval", "torch", "transformers", "datasets", "nltk", "langdetect")
+
+
+def say_on_stderr(message: str) -> None:
+    """Print a message for a person."""
+    print(message, file=sys.stderr)
+
+
+def evaluate(
+    models: Mapping[str, Model],
+    *,
+    out: Path | None,
+    tasks: Sequence[str] = ("ifeval",),
+    task_data: Mapping[str, TaskData] | None = None,
+    reference: str | None = None,
+    base: str | None = None,
+    skills: Mapping[str, Skill] | None = None,
+    settings: HarnessSettings | None = None,
+    overwrite: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+    say: Callable[[str], None] = say_on_stderr,
+) -> Evaluation:
+    """Run lm-eval on every model and gather scores and outcomes.
+
+    Each finished model, and each finished request of the one in work, is kept in a folder beside ``out`` until
+    ``out`` is written whole; a rerun with the same models, tasks and settings goes on from there.
+
+    Args:
+        models: name to model, in the order to run; see :data:`wpmerge.harness.Model`.
+        out: directory for evaluation.json and lm-eval's own results; None writes nothing.
+        tasks: lm-eval task names or presets.
+        task_data: task name to its local documents.
+        reference: the model that differences are taken to; None is the base.
+        base: the model that retention starts from; None is the reference.
+        skills: skill name to its expert and metric, for retention.
+        settings: how every model is run.
+        overwrite: replace an evaluation that is already at ``out``.
+        progress: called with model name, finished requests, all requests.
+        say: takes one-sentence messages.
+
+    Raises:
+        EvaluationError: see :func:`wpmerge.tasks.load_tasks` and :func:`wpmerge.harness.run_model`; an unknown name
+            among ``reference``, ``base`` and ``skills``; models judged on different documents.
+        CheckpointError: a model is neither a directory nor obtainable from the hub.
+        OutputError: ``out`` cannot be written.
+    """
+    start = time.monotonic()
+    settings, skills = settings or HarnessSettings(), dict(skills or {})
+    reference, base = reference or base, base or reference
+    _check_names(models, reference, base, skills)
+    sources = {name: open_source(name, model, settings) for name, model in models.items()}
+    if out is not None:
+        check_output(out, inputs=[each for each in sources.values() if isinstance(each, Path)], overwrite=overwrite)
+    suite = load_tasks(tasks, task_data=task_data, unsafe_code=settings.unsafe_code)
+    data_hash = {name: _documents_hash(task) for name, task in suite.leaves.items()}
+    with _work_folder(out) as work:
+        finished = {}
+        for name, model in sources.items():
+            counted = None if progress is None else _named(progress, name)
+            finished[name] = _one_model(name, model, suite, settings, data_hash, work, say, counted)
+        evaluation = Evaluation(
+            models={name: result_from_json(each["result"]) for name, each in finished.items()},
+            documents=_same(finished, "documents"),
+            instructions=_same(finished, "instructions"),
+            reference=reference,
+            base=base,
+            skills=skills,
+            settings={**asdict(settings), "tasks": list(suite.names)},
+            provenance={
+                "versions": versions(),
+                "task_data": {name: dict(files) for name, files in suite.sources.items()},
+                "documents_sha256": data_hash,
+                "task_versions": {name: str(task.VERSION) for name, task in suite.leaves.items()},
+                "seconds": round(time.monotonic() - start, 3),
+            },
+        )
+        for skill in skills.values():
+            evaluation.outcomes(skill.expert, skill.metric)  # refuses an unknown metric before anything is written
+        if out is not None:
+            _write(evaluation, finished, work, out, overwrite=overwrite)
+    for flag in evaluation.flags():
+        say(flag)
+    return evaluation
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide a score."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _check_names(
+    models: Mapping[str, Model], reference: str | None, base: str | None, skills: Mapping[str, Skill]
+) -> None:
+    if not models:
+        raise EvaluationError("No model to evaluate.")
+    for name in [reference, base, *(skill.expert for skill in skills.values())]:
+        if name is not None and name not in models:
+            raise EvaluationError("No such model in the evaluation.", got=name, expected=", ".join(models))
+
+
+def _named(progress: Callable[[str, int, int], None], name: str) -> Progress:
+    return lambda done, total: progress(name, done, total)
+
+
+@contextmanager
+def _work_folder(out: Path | None) -> Iterator[Path]:
+    """Where finished models wait: beside ``out``, kept when something goes wrong; a temporary one without ``out``."""
+    if out is None:
+        with tempfile.TemporaryDirectory(prefix="wpmerge-eval-") as folder:
+            yield Path(folder)
+        return
+    work = out.absolute().with_name(f".{out.name}.models")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError("cannot write beside the output path", where=out, got=error.strerror) from error
+    yield work
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _one_model(
+    name: str,
+    model: Model,
+    suite: TaskSuite,
+    settings: HarnessSettings,
+    data_hash: Mapping[str, str],
+    work: Path,
+    say: Callable[[str], None],
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """A finished model's record, from the work folder or by running it."""
+    start = time.monotonic()
+    model, identity = model_identity(model)
+    parts = {"model": identity, "data": data_hash, "settings": asdict(settings), "versions": versions()}
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    record = work / f"{file_name(name)}-{key}.json"
+    if record.is_file():
+        say(f"{name}: finished in an earlier run")
+        found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        return found
+    cache = record.with_suffix(".requests")
+    if cache.is_file():
+        say(f"{name}: going on with the requests that an earlier run finished")
+    run = run_model(name, model, suite, settings, cache=cache, say=say, progress=progress)
+    found = _record(model, run, time.monotonic() - start)
+    write_file(record, json.dumps(found, default=_plain))
+    cache.unlink(missing_ok=True)
+    return found
+
+
+def _record(model: Model, run: ModelRun, seconds: float) -> dict[str, Any]:
+    """What is kept of a finished model: its result, what it was judged on, lm-eval's own output."""
+    credits: dict[str, list[list[float]]] = {}
+    scores: dict[str, Score] = {}
+    documents: dict[str, list[str]] = {}
+    instructions: dict[str, list[list[str]]] = {}
+    for task, logged in run.samples.items():
+        first = [sample for sample in logged if sample["filter"] == logged[0]["filter"]]
+        documents[task] = [sample["doc_hash"] for sample in first]
+        if "instruction_id_list" in first[0]["doc"]:
+            instructions[task] = [list(sample["doc"]["instruction_id_list"]) for sample in first]
+        credits |= {f"{task}/{metric}": rows for metric, rows in _credits(logged).items()}
+    for task, row in run.results["results"].items():
+        scores |= _scores(task, row, credits, instructions.get(task), run.results["n-samples"])
+    result = ModelResult(
+        source=str(model) if isinstance(model, str | Path) else "in memory",
+        chat_template=run.chat_template,
+        batch_size=run.batch_size,
+        truncated=run.truncated,
+        seconds=round(seconds, 3),
+        scores=scores,
+        credits=credits,
+    )
+    lm_eval = {"results": run.results, "samples": run.samples}
+    return {"result": asdict(result), "documents": documents, "instructions": instructions, "lm_eval": lm_eval}
+
+
+def _credits(logged: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
+    """Metric to documents × trials; metrics whose value per document is no number, nor a list of them, are left out."""
+    rows: dict[str, list[list[float]]] = {}
+    unfit = set()
+    for sample in logged:
+        for metric in sample["metrics"]:
+            value = sample[metric]
+            name = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
+            trials = value if isinstance(value, list) else [value]
+            if all(isinstance(each, int | float) and math.isfinite(each) for each in trials):
+                rows.setdefault(name, []).append([int(each) if int(each) == each else float(each) for each in trials])
+            else:
+                unfit.add(name)
+    return {name: row for name, row in rows.items() if name not in unfit}
+
+
+def _scores(
+    task: str,
+    row: Mapping[str, Any],
+    credits: Mapping[str, list[list[float]]],
+    instructions: list[list[str]] | None,
+    counts: Mapping[str, Any],
+) -> dict[str, Score]:
+    """Scores of one row of lm-eval's results; per instruction type too, where documents name them."""
+    scores: dict[str, Score] = {}
+    for key, value in row.items():
+        metric, _, kind = key.partition(",")
+        if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        name = f"{task}/{metric}" if kind == "none" else f"{task}/{metric},{kind}"
+        stderr = row.get(f"{metric}_stderr,{kind}")
+        known = float(stderr) if isinstance(stderr, int | float) else float("nan")
+        n = int(counts.get(task, {}).get("effective", row.get("sample_len", 0)))
+        scores[name] = Score(value=float(value), stderr=known, n=n)
+        if name in credits:
+            own = score_of(credits[name])
+            same = abs(own.value - float(value)) < 1e-9  # not so where lm-eval's aggregation is no mean
+            scores[name] = Score(value=float(value), stderr=own.stderr if same else known, n=own.n)
+            if instructions is not None and metric.startswith("inst_level"):
+                for each in sorted({each for ids in instructions for each in ids}):
+                    scores[f"{name}/{each}"] = score_of(only_type(credits[name], instructions, each))
+    return scores
+
+
+def _same(finished: Mapping[str, Mapping[str, Any]], part: str) -> dict[str, Any]:
+    """The part that all models must share, or there is nothing to pair."""
+    (first, own), *others = ((name, each[part]) for name, each in finished.items())
+    for name, other in others:
+        if other != own:
+            raise EvaluationError("Two models were judged on different documents.", got=f"{first} and {name}")
+    return dict(own)
+
+
+def _write(
+    evaluation: Evaluation, finished: Mapping[str, Mapping[str, Any]], work: Path, out: Path, *, overwrite: bool
+) -> None:
+    """evaluation.json, and lm-eval's results and samples of each model, under the final name when whole."""
+    with output_directory(out, overwrite=overwrite) as staging:
+        folder = staging / "lm_eval"
+        folder.mkdir()
+        for name, record in finished.items():
+            own = record["lm_eval"]
+            write_file(folder / f"{file_name(name)}.json", json.dumps(own["results"], indent=1, default=_plain))
+            for task, samples in own["samples"].items():
+                lines = [json.dumps(sample, ensure_ascii=False, default=_plain) for sample in samples]
+                write_file(folder / f"{file_name(name)}.{file_name(task)}.jsonl", "\n".join(lines) + "\n")
+        write_file(staging / FILE, to_json(evaluation))
+
+
+def file_name(name: str) -> str:
+    """A model's name as a file name; names that differ stay different."""
+    plain = re.sub(r"[^\w.-]+", "_", name).strip(".") or "_"
+    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _plain(value: Any) -> Any:
+    from lm_eval.utils import handle_non_serializable
+
+    return handle_non_serializable(value)
+
+
+def _documents_hash(task: Any) -> str:
+    """SHA-256 of a task's evaluated documents, in order."""
+    digest = hashlib.sha256()
+    for document in task.eval_docs:
+        digest.update(json.dumps(document, sort_keys=True, default=str).encode())
+    return digest.hexdigest()

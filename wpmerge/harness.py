@@ -1,0 +1,345 @@
+"""One model through lm-eval: open it, run the tasks, halve the batch when memory runs out, keep finished requests."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from wpmerge.directory import locate
+from wpmerge.errors import EvaluationError
+from wpmerge.tasks import TaskSuite, quiet
+
+Loaded: TypeAlias = tuple[Any, Any]
+"""A transformers model and its tokenizer."""
+
+Model: TypeAlias = str | Path | Loaded | Callable[[], Loaded]
+"""A local directory, a hub id, a loaded pair, or a function that loads one when its turn comes."""
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with the requests done and their total."""
+
+_REQUESTS = ("generate_until", "loglikelihood", "loglikelihood_rolling")
+_DEFAULT_NEW_TOKENS = 256  # lm-eval's own, where a task names none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HarnessSettings:
+    """How every model of an evaluation is run.
+
+    Attributes:
+        backend: lm-eval's name of a model class; ``hf`` runs transformers.
+        model_args: further arguments of that class.
+        batch_size: prompts run together; also lm-eval's ``auto``.
+        max_gen_tokens: upper bound of new tokens a response; None leaves each task's own.
+        limit: first documents of each task; None is all.
+        device: torch device for models read from disk; None is CUDA where there is one, else the CPU.
+        dtype: weights' dtype for models read from disk; ``auto`` is the checkpoint's.
+        chat_template: None uses the tokenizer's template where it has one.
+        seed: of everything that lm-eval draws.
+        unsafe_code: tasks may run code that the model wrote.
+    """
+
+    backend: str = "hf"
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int | str = 8
+    max_gen_tokens: int | None = None
+    limit: int | None = None
+    device: str | None = None
+    dtype: str = "auto"
+    chat_template: bool | None = None
+    seed: int = 0
+    unsafe_code: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRun:
+    """What lm-eval returned for one model.
+
+    Attributes:
+        results: lm-eval's results, without samples.
+        samples: task to lm-eval's log of each document.
+        chat_template: SHA-256 of the template that was applied; None when none was.
+        batch_size: the one that fitted.
+        truncated: prompts cut from the left to leave room for the response.
+    """
+
+    results: dict[str, Any]
+    samples: dict[str, list[dict[str, Any]]]
+    chat_template: str | None
+    batch_size: int | str
+    truncated: int
+
+
+def run_model(
+    name: str,
+    model: Model,
+    suite: TaskSuite,
+    settings: HarnessSettings,
+    *,
+    cache: Path,
+    say: Callable[[str], None],
+    progress: Progress | None = None,
+) -> ModelRun:
+    """Evaluate one model on loaded tasks.
+
+    Args:
+        name: what messages call the model.
+        model: see :data:`Model`; a loaded model stays on its device.
+        suite: the tasks.
+        settings: how to run it.
+        cache: file name of lm-eval's cache of finished requests; a rerun answers from it.
+        say: takes one-sentence messages.
+        progress: see :data:`Progress`.
+
+    Raises:
+        EvaluationError: the model cannot be loaded, has no room for the response, or does not fit at batch size 1.
+    """
+    with quiet():
+        lm = _open(name, model, settings)
+        _check_room(name, lm, suite, settings)
+        if progress is not None:
+            _count_requests(lm, progress)
+        template = _template(lm) if settings.chat_template is not False else None
+        if template is None and settings.chat_template:
+            raise EvaluationError(
+                "A chat template is asked for, and the tokenizer has none.", where=name, mend="leave the option out"
+            )
+        cached = _caching(lm, cache, progress)
+        try:
+            results = _run_halving(name, lm, cached, suite, settings, template is not None, say)
+        finally:
+            cached.dbdict.close()
+    samples = results.pop("samples")
+    return ModelRun(
+        results=results,
+        samples=samples,
+        chat_template=hashlib.sha256(template.encode()).hexdigest() if template else None,
+        batch_size=getattr(lm, "batch_size", settings.batch_size),
+        truncated=_truncated(lm, suite, samples),
+    )
+
+
+def _open(name: str, model: Model, settings: HarnessSettings) -> Any:
+    """lm-eval's object for a model."""
+    from lm_eval.api.registry import get_model
+    from safetensors import SafetensorError
+
+    if callable(model):
+        model = model()
+    try:
+        if isinstance(model, tuple):
+            from lm_eval.models.huggingface import HFLM
+
+            network, tokenizer = model
+            return HFLM(pretrained=network, tokenizer=tokenizer, batch_size=settings.batch_size, **settings.model_args)
+        device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        arguments = {"pretrained": str(open_source(name, model, settings)), **settings.model_args}
+        if settings.backend == "hf":
+            arguments.setdefault("dtype", settings.dtype)
+        return get_model(settings.backend).create_from_arg_obj(
+            arguments, {"batch_size": settings.batch_size, "max_batch_size": None, "device": device}
+        )
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise EvaluationError(
+            "A model cannot be loaded.",
+            where=f"{name}: {model if isinstance(model, str | Path) else 'loaded model'}",
+            got=f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}",
+            expected=f"what lm-eval's {settings.backend!r} model class can load",
+            mend="check the checkpoint with wpmerge inspect, and the backend's name",
+        ) from error
+
+
+def open_source(name: str, model: Model, settings: HarnessSettings) -> Model:
+    """Where a model lies, before anything is run: a local directory that holds one; hub ids are fetched or found.
+
+    Loaded models, functions that load one, and what other backends than ``hf`` find themselves pass unchanged.
+
+    Raises:
+        EvaluationError: a directory without a model.
+        CheckpointError: neither a directory nor obtainable from the hub.
+    """
+    if not isinstance(model, str | Path) or settings.backend != "hf":
+        return model
+    folder = locate(str(model))
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / "adapter_config.json").is_file():
+        raise EvaluationError(
+            "A LoRA adapter alone is no model.", where=f"{name}: {model}", mend="evaluate it merged into its base"
+        )
+    raise EvaluationError("A model is no checkpoint.", where=f"{name}: {model}", expected="a config.json in it")
+
+
+def model_identity(model: Model) -> tuple[Model, dict[str, Any]]:
+    """The model, loaded if it was a function, and what tells it from others: the names, sizes and times of a
+    checkpoint's files, or a hash of a loaded model's weights and its tokenizer."""
+    if callable(model):
+        model = model()
+    if isinstance(model, tuple):
+        network, tokenizer = model
+        digest = hashlib.sha256(str(network.config).encode() + repr(getattr(tokenizer, "chat_template", "")).encode())
+        for key, tensor in sorted(network.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        return model, {"sha256": digest.hexdigest()}
+    if isinstance(model, Path):
+        files = {
+            each.name: (each.stat().st_size, each.stat().st_mtime_ns) for each in model.iterdir() if each.is_file()
+        }
+        return model, {"path": str(model.resolve()), "files": sorted(files.items())}
+    return model, {"name": model}
+
+
+def _template(lm: Any) -> str | None:
+    """The tokenizer's chat template as text, the tool-free one where there are several."""
+    template = getattr(getattr(lm, "tokenizer", None), "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default", json.dumps(template, sort_keys=True))
+    return template or None
+
+
+def _new_tokens(suite: TaskSuite, settings: HarnessSettings) -> int:
+    """The longest response that any task asks for, in tokens; 0 where none generates."""
+    generating = [task for task in suite.leaves.values() if task.OUTPUT_TYPE == "generate_until"]
+    if settings.max_gen_tokens is not None:
+        return settings.max_gen_tokens if generating else 0
+    asked = [(task.config.generation_kwargs or {}).get("max_gen_toks", _DEFAULT_NEW_TOKENS) for task in generating]
+    return max(asked, default=0)
+
+
+def _check_room(name: str, lm: Any, suite: TaskSuite, settings: HarnessSettings) -> None:
+    """Refuse a response length that leaves no room for a prompt; lm-eval would stop on an assertion."""
+    window, new = getattr(lm, "max_length", None), _new_tokens(suite, settings)
+    if isinstance(window, int) and new >= window:
+        raise EvaluationError(
+            "The response may be as long as the model's whole window.",
+            where=name,
+            got=f"{new} new tokens",
+            expected=f"fewer than {window}",
+            mend="lower --max-gen-tokens",
+        )
+
+
+def _truncated(lm: Any, suite: TaskSuite, samples: Mapping[str, list[dict[str, Any]]]) -> int:
+    """How many prompts lm-eval had to cut; 0 for backends that keep their tokenizer to themselves."""
+    if not hasattr(lm, "tok_encode") or not isinstance(getattr(lm, "max_length", None), int):
+        return 0
+    count = 0
+    for task, logged in samples.items():
+        if suite.leaves[task].OUTPUT_TYPE != "generate_until":
+            continue
+        room = lm.max_length - (suite.leaves[task].config.generation_kwargs or {}).get(
+            "max_gen_toks", _DEFAULT_NEW_TOKENS
+        )
+        prompts = {sample["arguments"][0][0] for sample in logged}
+        count += sum(len(lm.tok_encode(prompt)) > room for prompt in prompts)
+    return count
+
+
+def _caching(lm: Any, cache: Path, progress: Progress | None) -> Any:
+    """The model behind lm-eval's cache of finished requests.
+
+    Built here and not by ``simple_evaluate(use_cache=...)``, so that the database can be closed.
+    """
+    from lm_eval.api.model import LM, CachingLM
+
+    LM.register(CachingLM)  # it stands in for one, and simple_evaluate asks
+    cached = CachingLM(lm, str(cache))
+    if progress is not None:
+        lm.cache_hook.add_partial = _both(lm.cache_hook.add_partial, lm.wpmerge_tick)
+    return cached
+
+
+def _both(first: Callable[..., None], then: Callable[[], None]) -> Callable[..., None]:
+    def call(*args: Any) -> None:
+        first(*args)
+        then()
+
+    return call
+
+
+def _count_requests(lm: Any, progress: Progress) -> None:
+    """Report each finished request: lm-eval tells its cache of it, whatever the backend."""
+    state = {"done": 0, "total": 0}
+
+    def tick() -> None:
+        state["done"] = min(state["done"] + 1, state["total"])
+        progress(state["done"], state["total"])
+
+    def announced(run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(requests: list[Any], *args: Any, **kwargs: Any) -> Any:
+            state.update(done=0, total=len(requests))
+            return run(requests, *args, **kwargs)
+
+        return call
+
+    for kind in _REQUESTS:
+        setattr(lm, kind, announced(getattr(lm, kind)))
+    lm.wpmerge_tick = tick
+
+
+def _run_halving(
+    name: str,
+    lm: Any,
+    cached: Any,
+    suite: TaskSuite,
+    settings: HarnessSettings,
+    chat: bool,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """lm-eval's ``simple_evaluate``; when memory runs out, again from the finished requests with half the batch."""
+    while True:
+        try:
+            return _simple_evaluate(cached, suite, settings, chat)
+        except Exception as error:
+            if not _out_of_memory(error):
+                raise
+            batch = getattr(lm, "batch_size_per_gpu", None)
+            if not isinstance(batch, int) or batch <= 1:
+                raise EvaluationError(
+                    "Memory ran out.",
+                    where=name,
+                    got=f"batch size {batch}",
+                    mend="fewer new tokens (--max-gen-tokens), another --device, or a backend that splits the model",
+                ) from error
+        lm.batch_size_per_gpu = batch // 2
+        say(f"{name}: memory ran out at batch size {batch}; going on with {batch // 2}")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _out_of_memory(error: Exception) -> bool:
+    judge = importlib.import_module("accelerate.utils.memory").should_reduce_batch_size  # knows the CPU's message too
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(judge(error))
+
+
+def _simple_evaluate(lm: Any, suite: TaskSuite, settings: HarnessSettings, chat: bool) -> dict[str, Any]:
+    from lm_eval.evaluator import simple_evaluate
+
+    generation = None if settings.max_gen_tokens is None else {"max_gen_toks": settings.max_gen_tokens}
+    results: dict[str, Any] = simple_evaluate(
+        model=lm,
+        tasks=list(suite.loaded),
+        task_manager=suite.manager,
+        batch_size=settings.batch_size,
+        limit=settings.limit,
+        apply_chat_template=chat,
+        gen_kwargs=generation,
+        log_samples=True,
+        bootstrap_iters=1000,
+        random_seed=settings.seed,
+        numpy_random_seed=settings.seed,
+        torch_random_seed=settings.seed,
+        fewshot_random_seed=settings.seed,
+        confirm_run_unsafe_code=settings.unsafe_code,
+    )
+    return results
