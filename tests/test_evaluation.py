@@ -90,6 +90,10 @@ def test_flags(evaluation: Evaluation) -> None:
     assert all(flag.startswith("broken: ") for flag in zero)
     assert any("2 prompts were cut" in flag for flag in flags)
     assert any("different chat templates" in flag for flag in flags)
+    halved = {**evaluation.models, "base": replace(evaluation.models["base"], batch_size=4)}
+    assert [flag[:43] for flag in replace(evaluation, models=halved).flags()] == [
+        "the models were run at different batch size"
+    ]
 
 
 def test_round_trip(evaluation: Evaluation, tmp_path: Path) -> None:

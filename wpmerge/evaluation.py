@@ -191,6 +191,8 @@ class Evaluation:
                 found.append(f"{name}: {result.truncated} prompts were cut from the left to fit the model's window")
         if len({result.chat_template for result in self.models.values()}) > 1:
             found.append("the models were run with different chat templates")
+        if len({result.batch_size for result in self.models.values()}) > 1:
+            found.append("the models were run at different batch sizes, which changes roundings and so a few responses")
         return found
 
     def _above_zero(self, metric: str, experts: set[str]) -> bool:

@@ -37,7 +37,7 @@ class HarnessSettings:
     Attributes:
         backend: lm-eval's name of a model class; ``hf`` runs transformers.
         model_args: further arguments of that class.
-        batch_size: prompts run together; also lm-eval's ``auto``.
+        batch_size: prompts run together, which decides roundings too; also lm-eval's ``auto``.
         max_gen_tokens: upper bound of new tokens a response; None leaves each task's own.
         limit: first documents of each task; None is all.
         device: torch device for models read from disk; None is CUDA where there is one, else the CPU.
@@ -49,7 +49,7 @@ class HarnessSettings:
 
     backend: str = "hf"
     model_args: Mapping[str, Any] = field(default_factory=dict)
-    batch_size: int | str = 8
+    batch_size: int | str = 16
     max_gen_tokens: int | None = None
     limit: int | None = None
     device: str | None = None
