@@ -1,7 +1,7 @@
 import pytest
 import torch
 import yaml
-from checkpoints import LAYERS, family
+from checkpoints import CONFIG, LAYERS, family, llama_shapes, random_weights, write_checkpoint
 
 from wpmerge.checkpoint import open_checkpoint
 from wpmerge.errors import RecipeError
@@ -64,6 +64,15 @@ def test_filters_take_the_first_hit_and_gradients_run_over_layers(tmp_path, docu
     assert (found["model.norm.weight"], found["model.layers.1.input_layernorm.weight"]) == (3, 3)
     assert (found["model.layers.0.self_attn.q_proj.weight"], found["model.layers.1.self_attn.q_proj.weight"]) == (2, 4)
     assert (found["model.embed_tokens.weight"], found["lm_head.weight"]) == (2, 2)
+
+
+def test_a_lone_layer_takes_a_gradients_last_value(tmp_path, document):
+    path = write_checkpoint(
+        tmp_path / "m", random_weights(0, llama_shapes(1)), config=CONFIG | {"num_hidden_layers": 1}
+    )
+    document |= {"base_model": str(path), "models": [{"model": "e", "parameters": {"weight": [2, 4]}}]}
+    found = resolve(tmp_path, document, {str(path): open_checkpoint(path), "e": open_checkpoint(path)})
+    assert (found["model.layers.0.mlp.up_proj.weight"], found["model.norm.weight"]) == ([4], [2])
 
 
 def test_every_number_is_mergekits(tmp_path, document, checkpoints):
