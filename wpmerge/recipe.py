@@ -31,7 +31,10 @@ _FITTED = (
     "The merge has finer coefficients than a recipe can hold. Each number here is the least-squares one,\n"
     "# <diag(c) D, D> / <D, D> with D = expert - base; {count} of {total} are such fits, and mergekit's result differs."
 )
-_ADAPTERS = "Experts after '+' are LoRA adapters: mergekit rounds base + adapter to a dtype first, wpmerge does not."
+_ADAPTERS = (
+    "One number per tensor and expert. Experts after '+' are LoRA adapters: mergekit first rounds base + adapter to\n"
+    "# the base's dtype, wpmerge does not, so that the results differ by that rounding."
+)
 
 
 def recipe_text(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> str:
@@ -54,9 +57,11 @@ def recipe_text(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> str:
         weights[expert] = weight_setting(_with_tied_names(numbers, checkpoints.values()))
     total = sum(len(coefficients) for coefficients in plan.coefficients.values())
     notes = [f"Written by wpmerge; rule {plan.rule}, granularity {plan.granularity}."]
-    notes.append(_FITTED.format(count=fitted, total=total) if fitted else _EXACT)
-    if any(model.adapter for model in plan.experts.values()):
-        notes.append(_ADAPTERS)
+    adapters = any(model.adapter for model in plan.experts.values())
+    if fitted:
+        notes.append(_FITTED.format(count=fitted, total=total))
+    if adapters or not fitted:
+        notes.append(_ADAPTERS if adapters else _EXACT)
     document = {
         "models": [
             {"model": _reference(plan, expert), "parameters": {"weight": weights[expert]}} for expert in plan.experts
