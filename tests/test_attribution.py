@@ -25,16 +25,18 @@ def nearby(base: ModelWeights, far: ModelWeights, step: float) -> ModelWeights:
 @pytest.mark.parametrize("model_type", list(CONFIGS))
 def test_linear_is_exact_where_the_patch_is_small(model_type: str, reading: str) -> None:
     base, far = (ModelWeights.of(tiny_model(model_type, seed=seed, dtype=torch.float64)) for seed in (0, 3))
-    expert = nearby(base, far, 1e-3)
+    expert = nearby(base, far, 1e-4)
     engine, layout = Engine(base.layout, dtype=torch.float64), base.layout
     readout, rows = make_readouts(layout, torch.float64)[reading], pack(SEQUENCES, tokens_per_row=16)
     (estimate,) = linear(engine, base, [expert], rows, readout, kinds=KINDS_ALL)
+    largest = max(float(array.abs().nan_to_num().max()) for array in estimate.values())
     for kind, array in estimate.items():
         units = list(layout.units(kind))
         truth = exact(engine, base, expert, rows, readout, units).mean(dim=1).view(array.shape)
         assert torch.equal(array.isnan(), truth.isnan()), kind
-        scale = float(truth[~truth.isnan()].abs().max()) if bool((~truth.isnan()).any()) else 0.0
-        torch.testing.assert_close(array, truth, rtol=0, atol=0.02 * scale + 1e-12, equal_nan=True, msg=kind)
+        # two per cent of the kind's largest, and what transformers' float32 norms round away at this step
+        tolerance = 0.02 * float(truth.abs().nan_to_num().max()) + 1e-3 * largest
+        torch.testing.assert_close(array, truth, rtol=0, atol=tolerance, equal_nan=True, msg=kind)
 
 
 @pytest.mark.parametrize("model_type", list(CONFIGS))
@@ -42,13 +44,13 @@ def test_linear_is_the_derivative_along_the_patch(model_type: str) -> None:
     """As Δ → 0 the estimate over Δ tends to ⟨∇_u F, Δ_u⟩, here from autograd over the weights themselves."""
     base, far = (ModelWeights.of(tiny_model(model_type, seed=seed, dtype=torch.float64)) for seed in (0, 3))
     engine, layout = Engine(base.layout, dtype=torch.float64), base.layout
-    step = 1e-5
+    step = 1e-4
     for readout in make_readouts(layout, torch.float64).values():
         rows = pack(SEQUENCES)
         (estimate,) = linear(engine, base, [nearby(base, far, step)], rows, readout)
         (slope,) = directional(engine, base, base, [far], rows, readout)
         for kind, array in estimate.items():
-            # transformers' norms compute in float32, so a step this small keeps about three digits
+            # transformers' norms compute in float32, so a smaller step would show their rounding
             scale = float(slope[kind].abs().nan_to_num().max())
             torch.testing.assert_close(
                 array / step, slope[kind], rtol=0, atol=0.03 * scale + 1e-9, equal_nan=True, msg=kind

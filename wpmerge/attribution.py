@@ -12,9 +12,9 @@ from torch import Tensor
 
 from wpmerge.arch import COARSE_KINDS, KINDS, MODEL_KINDS, Kind, Layout, Unit
 from wpmerge.engine import Call, Engine, Taps
-from wpmerge.readouts import Readout, Trace, output_gradient, trace
+from wpmerge.readouts import Readout, Trace, output_gradient, read_states, trace
 from wpmerge.rows import Row
-from wpmerge.weights import Weights, WeightSource, swap, swap_kind
+from wpmerge.weights import Weights, WeightSource, differs, swap, swap_kind
 
 UnitArrays = dict[Kind, Float[Tensor, "layers units"]]
 """One float64 number per unit of each kind, NaN where a readout cannot see the unit."""
@@ -191,6 +191,9 @@ def _layer_output_effects(
     effects = []
     for i in range(layout.shape(kind)[1]):
         pieces = layout.slices(Unit(kind=kind, layer=local.index, index=i))
+        if not differs(pieces, weights, patched, prefix=prefix):
+            effects.append(local.g_output.new_zeros(()))
+            continue
         mixed = swap(pieces, weights, patched, prefix=prefix)
         output = engine.layer(local.index, mixed, local.hidden, local.call)
         effects.append((local.g_output * (output - local.output)).sum())
@@ -211,23 +214,19 @@ def _outer_effects(
         return
     outer, layout = base.outer(), engine.layout
     states = [hidden[-1] for hidden in run.hidden]
-    before = _read_all(engine, outer, rows, readout, states)
+    before: Tensor | None = None
     for arrays, expert in zip(effects, experts, strict=True):
         source = expert.outer()
         for kind in ("final_norm", "lm_head", "embedding"):
             if kind not in arrays or (kind == "embedding" and not layout.tied):
                 continue
             pieces = layout.slices(Unit(kind=kind, layer=0, index=0))
-            after = _read_all(engine, swap(pieces, outer, source), rows, readout, states)
-            arrays[kind][0, 0] = after - before
-
-
-def _read_all(engine: Engine, outer: Weights, rows: Sequence[Row], readout: Readout, states: Sequence[Tensor]) -> float:
-    parts = [
-        readout.read(engine, outer, hidden[:, readout.places(row)], row).sum()
-        for row, hidden in zip(rows, states, strict=True)
-    ]
-    return float(torch.stack(parts).double().sum()) / readout.items
+            arrays[kind][0, 0] = 0.0
+            if differs(pieces, outer, source):
+                if before is None:
+                    before = read_states(engine, outer, rows, readout, states)
+                after = read_states(engine, swap(pieces, outer, source), rows, readout, states)
+                arrays[kind][0, 0] = (after - before).double().mean()
 
 
 def _input_effects(

@@ -158,12 +158,10 @@ def _add_products(
     for name, slope in gradient.items():
         units = layout.tensors[prefix + name]
         product = slope * (after[name] - before[name])
-        if units.axis is None:
-            along = product.double().sum()[None]
-        else:
-            along = product.double().sum(dim=[d for d in range(product.ndim) if d != units.axis])
+        others = [axis for axis in range(product.ndim) if axis != units.axis]
+        along = product.double().sum(dim=others) if others else product.double()
         for segment in units.segments:
-            entries = along[segment.start : segment.stop] if units.axis is not None else along
+            entries = along.sum()[None] if units.axis is None else along[segment.start : segment.stop]
             array = arrays[segment.kind][units.layer]
             span = slice(segment.first, segment.first + segment.count)
             array[span] = torch.nan_to_num(array[span]) + entries.view(segment.count, -1).sum(dim=1).to(array)

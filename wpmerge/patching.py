@@ -18,7 +18,7 @@ from wpmerge.arch import Unit
 from wpmerge.engine import Engine, Taps
 from wpmerge.readouts import Readout, Trace, measure, read_states, trace
 from wpmerge.rows import Row
-from wpmerge.weights import Weights, WeightSource, swap, swap_kind
+from wpmerge.weights import Weights, WeightSource, differs, swap, swap_kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,10 +62,14 @@ def exact(
     """
     effects = torch.full((len(units), readout.items), torch.nan, dtype=torch.float64)
     place = {unit: number for number, unit in enumerate(units)}
-    seen = [unit for unit in units if _is_visible(engine, unit, readout)]
+    visible = [unit for unit in units if _is_visible(engine, unit, readout)]
+    seen = _changed(engine, base, expert, visible)
+    for unit in set(visible) - set(seen):
+        effects[place[unit]] = 0.0
+    _tell(progress, len(units) - len(seen))
     inner = [unit for unit in seen if not engine.layout.is_outer(unit)]
     outer = [unit for unit in seen if engine.layout.is_outer(unit)]
-    run = trace(engine, base, rows, last=readout.layer)
+    run = trace(engine, base, rows, last=readout.layer) if seen else Trace(entries=[], hidden=[])
     for unit in outer:
         effects[place[unit]] = _outer_effect(engine, base, expert, rows, readout, unit, run)
         _tell(progress, 1)
@@ -86,6 +90,19 @@ def _is_visible(engine: Engine, unit: Unit, readout: Readout) -> bool:
     if engine.layout.is_outer(unit):
         return readout.reads_output or unit.kind in ("embedding", "positions")
     return unit.layer <= readout.layer
+
+
+def _changed(engine: Engine, base: WeightSource, expert: WeightSource, units: Sequence[Unit]) -> list[Unit]:
+    """Those units in which the models differ, layer by layer."""
+    layout = engine.layout
+    found = [
+        unit for unit in units if layout.is_outer(unit) and differs(layout.slices(unit), base.outer(), expert.outer())
+    ]
+    for index in sorted({unit.layer for unit in units if not layout.is_outer(unit)}):
+        members = [unit for unit in units if unit.layer == index and not layout.is_outer(unit)]
+        one, other, prefix = base.layer(index), expert.layer(index), layout.layer_prefix(index)
+        found += [unit for unit in members if differs(layout.slices(unit), one, other, prefix=prefix)]
+    return found
 
 
 def _tell(progress: Callable[[int], None] | None, count: int) -> None:

@@ -20,17 +20,19 @@ from wpmerge.weights import Weights, WeightSource
 
 
 class Readout(Protocol):
-    """A differentiable scalar of a capability.
+    """A differentiable scalar of a capability."""
 
-    Attributes:
-        layer: the residual stream is read after this layer; nothing above it is run, or scored.
-        items: over how many items F is the mean.
-        reads_output: it goes on through the final norm and the head.
-    """
+    @property
+    def layer(self) -> int:
+        """The residual stream is read after this layer; nothing above it is run, or scored."""
 
-    layer: int
-    items: int
-    reads_output: bool
+    @property
+    def items(self) -> int:
+        """Over how many items F is the mean."""
+
+    @property
+    def reads_output(self) -> bool:
+        """Whether it goes on through the final norm and the head."""
 
     def places(self, row: Row) -> Int[Tensor, " N"]:
         """Where in the row the residual stream is read."""
@@ -207,11 +209,12 @@ def read_states(
     states: Sequence[Float[Tensor, "U T D"]],
 ) -> Float[Tensor, "U items"]:
     """Read finished residual streams, row by row, and add up."""
-    parts = [
-        readout.read(engine, outer, hidden[:, readout.places(row)], row)
-        for row, hidden in zip(rows, states, strict=True)
-    ]
-    return torch.stack(parts).sum(dim=0)
+    total = torch.zeros(len(states[0]), readout.items, dtype=states[0].dtype, device=states[0].device)
+    for row, hidden in zip(rows, states, strict=True):
+        read = hidden[:, readout.places(row)]
+        # one copy at a time: a vocabulary's worth of logits for all of them would be gigabytes
+        total += torch.cat([readout.read(engine, outer, copy, row) for copy in read.split(1)])
+    return total
 
 
 def output_gradient(

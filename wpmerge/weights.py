@@ -125,6 +125,18 @@ def swap(
     return patched
 
 
+def differs(
+    pieces: Sequence[Slice], one: Mapping[str, Tensor], other: Mapping[str, Tensor], *, prefix: str = ""
+) -> bool:
+    """Whether two models differ in any of ``pieces``; where they do not, a patch does nothing and need not be run."""
+
+    def part(weights: Mapping[str, Tensor], piece: Slice) -> Tensor:
+        tensor = weights[piece.tensor.removeprefix(prefix)]
+        return tensor if piece.axis is None else tensor.narrow(piece.axis, piece.start, piece.stop - piece.start)
+
+    return any(not torch.equal(part(one, piece), part(other, piece)) for piece in pieces)
+
+
 def swap_kind(layout: Layout, kind: Kind, layer: int, into: Weights, source: Weights) -> Weights:
     """``into`` with every unit of one kind in one layer taken from ``source``."""
     prefix = layout.layer_prefix(layer)

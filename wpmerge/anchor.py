@@ -1,0 +1,174 @@
+"""Vector anchors: a direction in the residual stream that says "the control state of the capability has formed".
+
+Formulas and the layer choice: docs/method.md, section "Readouts" (contrast anchor: arXiv:2604.13694 with the steering
+vector of Stolfo et al., ICLR 2025; cross-fitting and layer choice are this project's).
+
+Shape suffixes: n items (pairs or prompts), L layers, D residual width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from wpmerge.engine import Engine
+from wpmerge.errors import AnchorError
+from wpmerge.readouts import AnchorReadout
+from wpmerge.rows import Row
+from wpmerge.weights import WeightSource
+
+COSINE = 0.9
+"""Least split-half cosine of a reliable direction."""
+SHARE_OF_T = 0.5
+"""Least cross-fitted t of the chosen layer, as a share of the largest over layers."""
+LEAST_T = 3.0
+"""Below this the largest t itself could be noise, with some tens of layers to choose from."""
+DEPTH = 0.9
+"""The chosen layer is no later than this share of the depth."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnchorPoint:
+    """What an anchor at one layer is worth.
+
+    Attributes:
+        layer: the residual stream after it is read.
+        cosine: between the directions from two halves of the prompts, −1 to 1.
+        gap: cross-fitted F(expert) − F(base), in residual-stream units: each half read with the other's direction.
+        t: that gap's t-statistic over items.
+    """
+
+    layer: int
+    cosine: float
+    gap: float
+    t: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Anchor:
+    """A direction, the layer it is read at, and the curve the layer was chosen from.
+
+    Attributes:
+        kind: "contrast" of prompts with and without the instruction, or "pair" of expert and base.
+        layer: l*.
+        direction: v, unit length, from all prompts.
+        curve: one point per layer.
+        reliable: whether the layer passed the criteria, or was insisted on.
+    """
+
+    kind: Literal["contrast", "pair"]
+    layer: int
+    direction: Float[Tensor, " D"]
+    curve: tuple[AnchorPoint, ...]
+    reliable: bool
+
+
+@torch.no_grad()
+def last_token_states(engine: Engine, source: WeightSource, rows: Sequence[Row], count: int) -> Float[Tensor, "n L D"]:
+    """The residual stream after every layer at each sequence's last token, float64; ``count`` sequences."""
+    layout = engine.layout
+    found = torch.empty(count, layout.layers, layout.hidden, dtype=torch.float64)
+    outer = source.outer()
+    entries = [engine.embed(outer, row) for row in rows]
+    states = [entry.hidden for entry in entries]
+    for index in range(layout.layers):
+        weights = source.layer(index)
+        for number, (row, entry) in enumerate(zip(rows, entries, strict=True)):
+            states[number] = engine.layer(index, weights, states[number], entry.calls[index])
+            last = torch.stack([place[-1] for place in row.places.values()])
+            found[list(row.places), index] = states[number][0, last].double().cpu()
+    return found
+
+
+def fit_anchor(
+    expert_states: Float[Tensor, "n L D"],
+    base_states: Float[Tensor, "n L D"],
+    *,
+    kind: Literal["contrast", "pair"],
+    name: str,
+    layer: int | None = None,
+    accept: bool = False,
+) -> Anchor:
+    """Fit a direction per layer, judge each layer by cross-fitting, and choose one.
+
+    Args:
+        expert_states: per item what is projected: for a contrast anchor a_l(x⁺) − a_l(x⁻), for a pair anchor a_l(x).
+        base_states: the same in the base.
+        kind: contrast: v is the mean of the expert's; pair: of expert minus base.
+        name: the capability, for messages.
+        layer: l*, if not to be chosen.
+        accept: take the best layer even if none is reliable.
+
+    Raises:
+        AnchorError: no layer passes, with the numbers of the best.
+    """
+    target = expert_states if kind == "contrast" else expert_states - base_states
+    change = expert_states - base_states
+    halves = (slice(0, None, 2), slice(1, None, 2))
+    directions = [_unit(target[half].mean(dim=0)) for half in halves]
+    cosines = (directions[0] * directions[1]).sum(dim=-1)
+    crossed = torch.cat([torch.einsum("nld,ld->nl", change[halves[i]], directions[1 - i]) for i in (0, 1)])
+    gaps = crossed.mean(dim=0)
+    t = gaps / (crossed.std(dim=0) / len(crossed) ** 0.5).clamp_min(1e-300)
+    curve = tuple(
+        AnchorPoint(layer=index, cosine=float(cosines[index]), gap=float(gaps[index]), t=float(t[index]))
+        for index in range(len(t))
+    )
+    chosen = layer if layer is not None else _choose(curve)
+    reliable = chosen is not None
+    if chosen is None:
+        if not accept:
+            raise _unreliable(curve, name)
+        chosen = max(_allowed(curve), key=lambda point: point.t).layer
+    return Anchor(
+        kind=kind,
+        layer=chosen,
+        direction=_unit(target.mean(dim=0))[chosen].float(),
+        curve=curve,
+        reliable=reliable,
+    )
+
+
+def _unit(vectors: Float[Tensor, "L D"]) -> Float[Tensor, "L D"]:
+    return torch.nn.functional.normalize(vectors, dim=-1, eps=1e-300)
+
+
+def _allowed(curve: Sequence[AnchorPoint]) -> list[AnchorPoint]:
+    return [point for point in curve if point.layer + 1 <= max(1, int(DEPTH * len(curve)))]
+
+
+def _choose(curve: Sequence[AnchorPoint]) -> int | None:
+    """The smallest layer that is reliable enough."""
+    largest = max(point.t for point in curve)
+    if largest < LEAST_T:
+        return None
+    passing = (point.layer for point in _allowed(curve) if point.cosine >= COSINE and point.t >= SHARE_OF_T * largest)
+    return next(passing, None)
+
+
+def _unreliable(curve: Sequence[AnchorPoint], name: str) -> AnchorError:
+    best = max(_allowed(curve), key=lambda point: point.t)
+    largest = max(point.t for point in curve)
+    return AnchorError(
+        "No layer gives a reliable anchor for this capability.",
+        where=name,
+        got=f"best at layer {best.layer}: cross-fitted t {best.t:.1f}, split-half cosine {best.cosine:.2f}",
+        expected=f"cosine at least {COSINE}, t at least {max(LEAST_T, SHARE_OF_T * largest):.1f}",
+        mend="more prompts (--prompts), or --accept-anchor, --layer N, or --readout reference",
+    )
+
+
+def anchor_readout(anchor: Anchor, items: int) -> AnchorReadout:
+    """The anchor as a readout. Contrast sequences come as x⁺₀, x⁻₀, x⁺₁, x⁻₁, …; pair sequences as x₀, x₁, …"""
+    per_item = 2 if anchor.kind == "contrast" else 1
+    numbers = range(items * per_item)
+    return AnchorReadout(
+        layer=anchor.layer,
+        direction=anchor.direction,
+        item=[number // per_item for number in numbers],
+        sign=[1.0 if number % per_item == 0 else -1.0 for number in numbers],
+        items=items,
+    )

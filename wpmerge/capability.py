@@ -1,0 +1,209 @@
+"""Capabilities: named prompt sets, built in or from a user's JSONL, and how their prompts become tokens."""
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from wpmerge import builtin
+from wpmerge.errors import CapabilityError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt of a capability.
+
+    Attributes:
+        prompt: what the user says.
+        without: the same without the instruction; a capability whose prompts have it gets a contrast anchor.
+        reference: a reply that shows the capability; without one the expert's own continuation is taken.
+    """
+
+    prompt: str
+    without: str | None = None
+    reference: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capability:
+    """A set of prompts on which an expert shows a behaviour more strongly than the base.
+
+    Attributes:
+        name: the expert of the same name is the one the gap is measured to.
+        source: the built-in name or the file it came from.
+        prompts: at least four, so that halves can be compared.
+    """
+
+    name: str
+    source: str
+    prompts: tuple[Prompt, ...]
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether the prompts come with and without an instruction."""
+        return self.prompts[0].without is not None
+
+    @property
+    def has_references(self) -> bool:
+        """Whether the prompts come with replies."""
+        return self.prompts[0].reference is not None
+
+    def content_hash(self) -> str:
+        """SHA-256 of the prompts, in order."""
+        text = json.dumps([asdict(prompt) for prompt in self.prompts], ensure_ascii=False, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def split(self, *, scoring: int, held_out: int, seed: int) -> tuple["Capability", "Capability"]:
+        """Two disjoint draws: prompts to score on, and prompts to choose coefficients on.
+
+        Raises:
+            CapabilityError: if there are fewer than four prompts for either.
+        """
+        order = list(range(len(self.prompts)))
+        random.Random(seed).shuffle(order)
+        if len(order) < scoring + held_out:  # share what there is in the proportion that was asked for
+            scoring = len(order) * scoring // (scoring + held_out)
+            held_out = len(order) - scoring
+        if min(scoring, held_out) < MINIMUM:
+            raise CapabilityError(
+                "The capability has too few prompts to score on some and choose coefficients on others.",
+                where=f"{self.name} ({self.source})",
+                got=len(self.prompts),
+                expected=f"at least {2 * MINIMUM}",
+                mend="add prompts, or ask for fewer of one kind",
+            )
+        chosen = order[:scoring], order[scoring : scoring + held_out]
+        one, other = (tuple(self.prompts[i] for i in part) for part in chosen)
+        return (
+            Capability(name=self.name, source=self.source, prompts=one),
+            Capability(name=self.name, source=self.source, prompts=other),
+        )
+
+
+MINIMUM = 4
+"""Prompts below which a split-half says nothing."""
+
+
+def load_capability(name: str, spec: str) -> Capability:
+    """Read a capability.
+
+    Args:
+        name: what to call it.
+        spec: a built-in name, several joined by "+" (an expert that learned two instructions), or a path to JSONL with
+            one ``{"prompt", "without"?, "reference"?}`` a line; other keys are ignored.
+
+    Raises:
+        CapabilityError: no such name or file; an empty or malformed file, with its line number.
+    """
+    if Path(spec).suffix in (".jsonl", ".json") or Path(spec).exists():
+        prompts = _read_jsonl(Path(spec))
+    else:
+        parts = [_builtin_prompts(part) for part in spec.split("+")]
+        prompts = [prompt for group in zip(*parts, strict=True) for prompt in group]
+    if len(prompts) < MINIMUM:
+        raise CapabilityError(
+            "The capability has too few prompts.", where=spec, got=len(prompts), expected=f"at least {MINIMUM}"
+        )
+    return Capability(name=name, source=spec, prompts=tuple(prompts))
+
+
+def _builtin_prompts(name: str) -> list[Prompt]:
+    if name not in builtin.names():
+        raise CapabilityError(
+            "There is no such capability.",
+            got=name,
+            expected="a path to a .jsonl file, or one of " + ", ".join(builtin.names()),
+        )
+    return [Prompt(prompt=entry["prompt"], without=entry["without"]) for entry in builtin.prompts(name)]
+
+
+def _read_jsonl(path: Path) -> list[Prompt]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CapabilityError("The capability file cannot be read.", where=path, got=error) from error
+    prompts = [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
+    if not prompts:
+        raise CapabilityError("The capability file is empty.", where=path, expected="one JSON object a line")
+    for field in ("without", "reference"):
+        present = [getattr(prompt, field) is not None for prompt in prompts]
+        if any(present) and not all(present):
+            number = 1 + present.index(False)
+            raise CapabilityError(
+                f'Some prompts have "{field}" and some do not.',
+                where=f"{path}, prompt {number}",
+                expected="all or none",
+                mend="split the file, or fill the field in",
+            )
+    return prompts
+
+
+def _parse(line: str, where: str) -> Prompt:
+    expected = '{"prompt": "…", "without": "…", "reference": "…"}, the last two optional'
+    try:
+        entry: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise CapabilityError("A line is not JSON.", where=where, got=str(error), expected=expected) from error
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
+        raise CapabilityError("A line has no prompt.", where=where, got=line[:80], expected=expected)
+    for field in ("without", "reference"):
+        value = entry.get(field)
+        if value is not None and (not isinstance(value, str) or not value.strip()):
+            raise CapabilityError(f'"{field}" is not a text.', where=where, got=repr(value), expected=expected)
+    return Prompt(prompt=entry["prompt"], without=entry.get("without"), reference=entry.get("reference"))
+
+
+class Chat:
+    """Turns what a user says into the tokens a model sees: through its chat template, or as ``Q: … A:`` without one.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.has_template = tokenizer.chat_template is not None
+
+    def prompt_tokens(self, prompt: str) -> list[int]:
+        """The prompt up to where the reply starts."""
+        if not self.has_template:
+            tokens: list[int] = self.tokenizer(f"Q: {prompt}\nA:")["input_ids"]
+            return tokens
+        message = [{"role": "user", "content": prompt}]
+        text = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        rendered: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return rendered
+
+    def reply_tokens(self, reply: str, *, limit: int) -> list[int]:
+        """A reply and its end-of-text token; cut at ``limit`` tokens, since readouts need only its beginning."""
+        text = reply if self.has_template else " " + reply
+        tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        end = self.tokenizer.eos_token_id
+        return [*tokens, *([end] if end is not None else [])][:limit]
+
+
+def reference_sequences(
+    chat: Chat, capability: Capability, replies: Sequence[Sequence[int]] | None, *, limit: int
+) -> tuple[list[list[int]], list[int]]:
+    """Prompt and reference tokens, and where each reference starts.
+
+    Args:
+        chat: renders and tokenises.
+        capability: its prompts, and its references unless ``replies`` are given.
+        replies: the reply's tokens per prompt, for a capability without references.
+        limit: longest reference, tokens.
+    """
+    sequences, starts = [], []
+    for number, prompt in enumerate(capability.prompts):
+        head = chat.prompt_tokens(prompt.prompt)
+        if replies is not None:
+            tail = list(replies[number])
+        else:
+            assert prompt.reference is not None, "a capability without references needs replies"
+            tail = chat.reply_tokens(prompt.reference, limit=limit)
+        sequences.append(head + tail)
+        starts.append(len(head))
+    return sequences, starts

@@ -1,0 +1,158 @@
+"""A base and its experts, opened, checked and ready to run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wpmerge.arch import Layout, architecture_of
+from wpmerge.capability import Chat
+from wpmerge.checkpoint import Checkpoint, check_same_family, open_checkpoint
+from wpmerge.engine import Engine, empty_model
+from wpmerge.errors import CheckpointError
+from wpmerge.weights import CheckpointWeights, WeightSource
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A base and its experts.
+
+    Attributes:
+        base: the checkpoint that is merged into.
+        experts: by name.
+        layout: the units they share.
+        engine: runs them.
+        chat: the base's tokenizer and chat template.
+        weights: each model's weights in the compute dtype, the base's under ``""``.
+    """
+
+    base: Checkpoint
+    experts: Mapping[str, Checkpoint]
+    layout: Layout
+    engine: Engine
+    chat: Chat
+    weights: Mapping[str, WeightSource]
+
+
+def open_family(
+    base: str,
+    experts: Mapping[str, str],
+    *,
+    device: str = "cpu",
+    resident: bool = True,
+    trust_remote_code: bool = False,
+) -> Family:
+    """Open a base and its experts and refuse what cannot be compared.
+
+    Args:
+        base: a directory or a hub id.
+        experts: name → directory, hub id or LoRA adapter.
+        device: where to run, as torch names it.
+        resident: keep weights in memory once read.
+        trust_remote_code: see :func:`~wpmerge.checkpoint.open_checkpoint`.
+
+    Raises:
+        CheckpointError: something cannot be read, is unsupported, differs in kind, or an expert is the base itself.
+    """
+    opened = open_checkpoint(base, trust_remote_code=trust_remote_code)
+    architecture_of(opened.config)
+    others = {
+        name: open_checkpoint(source, base=opened, trust_remote_code=trust_remote_code)
+        for name, source in experts.items()
+    }
+    for name, expert in others.items():
+        check_same_family(opened, expert, name=name)
+        if expert.content_hash() == opened.content_hash():
+            raise CheckpointError(
+                f"expert {name} is the base itself: every gap would be 0",
+                where=expert.path,
+                mend="give the fine-tuned model",
+            )
+    layout = layout_of(opened)
+    engine = Engine(layout, device=device)
+    sources = {"": opened, **others}
+    weights = {
+        name: CheckpointWeights(layout, checkpoint, device=engine.device, resident=resident)
+        for name, checkpoint in sources.items()
+    }
+    return Family(
+        base=opened,
+        experts=others,
+        layout=layout,
+        engine=engine,
+        chat=Chat(load_tokenizer(opened.path)),
+        weights=weights,
+    )
+
+
+def layout_of(checkpoint: Checkpoint) -> Layout:
+    """The units of a checkpoint; transformers fills in what its ``config.json`` leaves to defaults."""
+    from transformers import AutoConfig
+
+    settings = {key: value for key, value in checkpoint.config.items() if key != "model_type"}
+    config = AutoConfig.for_model(str(checkpoint.config["model_type"]), **settings).to_dict()
+    return Layout(config, {name: info.shape for name, info in checkpoint.tensors.items()})
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a checkpoint directory.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            "the tokenizer cannot be read",
+            where=path,
+            got=str(error).splitlines()[0],
+            mend="put tokenizer.json and tokenizer_config.json beside the weights",
+        ) from error
+
+
+def generation_model(engine: Engine, source: WeightSource) -> Any:
+    """transformers' own causal LM with a source's weights, without copying them; for greedy continuations."""
+    layout = engine.layout
+    model: Any = empty_model(layout.config, device=engine.device)
+    tensors = dict(source.outer())
+    for index in range(layout.layers):
+        prefix = layout.layer_prefix(index)
+        tensors |= {prefix + name: value for name, value in source.layer(index).items()}
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    return model
+
+
+@torch.no_grad()
+def continuations(
+    family: Family, expert: str, prompts: list[str], *, tokens: int, batch_size: int = 16
+) -> list[list[int]]:
+    """An expert's own greedy replies, token ids up to and with the end token, at most ``tokens`` each."""
+    tokenizer = family.chat.tokenizer
+    model = generation_model(family.engine, family.weights[expert])
+    end = tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end or 0
+    sequences = [family.chat.prompt_tokens(prompt) for prompt in prompts]
+    replies: list[list[int]] = []
+    for start in range(0, len(sequences), batch_size):
+        batch = sequences[start : start + batch_size]
+        width = max(map(len, batch))
+        ids = torch.tensor([[pad] * (width - len(s)) + s for s in batch], device=family.engine.device)
+        mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in batch], device=family.engine.device)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=pad,
+            eos_token_id=end,
+        )
+        for row in output[:, width:].tolist():
+            cut = row.index(end) + 1 if end in row else len(row)
+            replies.append(row[:cut])
+    return replies

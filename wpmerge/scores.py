@@ -1,0 +1,260 @@
+"""The Scores artifact: recovery per unit, with what it was measured on and how far to trust it.
+
+On disk a directory with ``scores.safetensors`` and ``scores.json``; docs/formats.md states both.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from wpmerge.arch import Kind
+from wpmerge.directory import read_json
+from wpmerge.errors import CheckpointError, WpmergeError
+from wpmerge.output import write_file
+from wpmerge.plan import InputModel, describe
+from wpmerge.tensorfile import SafetensorsFile
+
+SCHEMA_VERSION = 1
+ReadoutName = Literal["reference", "anchor", "divergence"]
+Drawn = Literal["top", "random"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Verified(_Record):
+    """One unit that was replaced for real.
+
+    Attributes:
+        unit: its id.
+        drawn: why it was chosen: among the screen's top, or at random from the rest.
+        screen: estimated recovery, on the same prompts as ``exact``.
+        exact: recovery, a fraction of the gap.
+        stderr: standard error of ``exact`` over prompts.
+    """
+
+    unit: str
+    drawn: Drawn
+    screen: float
+    exact: float
+    stderr: float
+
+
+class Verification(_Record):
+    """How the screen did against exact patching, for one kind of unit.
+
+    Attributes:
+        units: the verified units.
+        spearman: rank correlation of screen and exact over all verified units.
+        spearman_random: the same over the random draw alone; None if the draw has fewer than 3 units.
+        recall: share of the K strongest verified units (by |exact|) that were among the screen's top K.
+        largest_error: largest |exact − screen| of the random draw, a fraction of the gap.
+        missed_share: upper 95% confidence bound on the share of unverified units that are stronger (by |exact|) than
+            the weakest of the K strongest found.
+    """
+
+    units: tuple[Verified, ...]
+    spearman: float | None
+    spearman_random: float | None
+    recall: float
+    largest_error: float | None
+    missed_share: float | None
+
+
+class AnchorCurvePoint(_Record):
+    """One layer of an anchor's curve; see :class:`wpmerge.anchor.AnchorPoint`."""
+
+    layer: int
+    cosine: float
+    gap: float
+    t: float
+
+
+class ReadoutRecord(_Record):
+    """One readout of one capability.
+
+    Attributes:
+        capability: its name; the expert of that name is its own expert.
+        readout: "reference", "divergence", or "anchor".
+        anchor: "contrast" or "pair", for an anchor.
+        l_star: the layer it is read after; units above it have no score.
+        base: F(base), in the readout's unit: nats per token, or residual-stream units.
+        expert: F(own expert).
+        gap: expert − base, what recoveries are fractions of.
+        gap_t: the gap's t-statistic over prompts.
+        noise_floor: largest change of a recovery with batch position and chunk size.
+        prompts: how many were used.
+        accepted: taken although unreliable, because the user insisted.
+        curve: the anchor's numbers at every layer; empty for behavioural readouts.
+        integrated_residual: Σ of the integrated shares minus 1, where they were asked for.
+        verification: per kind.
+    """
+
+    capability: str
+    readout: ReadoutName
+    anchor: Literal["contrast", "pair"] | None = None
+    l_star: int
+    base: float
+    expert: float
+    gap: float
+    gap_t: float
+    noise_floor: float | None = None
+    prompts: int
+    accepted: bool = False
+    curve: tuple[AnchorCurvePoint, ...] = ()
+    integrated_residual: float | None = None
+    verification: dict[str, Verification] = {}
+
+
+class HeldOut(_Record):
+    """Prompts that no score has seen, for choosing coefficients: their tokens, and where each reference starts."""
+
+    prompts: tuple[str, ...]
+    sequences: tuple[tuple[int, ...], ...]
+    starts: tuple[int, ...]
+
+
+class CapabilityRecord(_Record):
+    """Where a capability's prompts came from, and those kept for choosing coefficients."""
+
+    source: str
+    content_hash: str
+    scored: tuple[str, ...]
+    references: Literal["given", "expert"]
+    held_out: HeldOut
+
+
+class _InputRecord(_Record):
+    source: str
+    content_hash: str
+    adapter: bool
+
+
+class _ScoresFile(_Record):
+    schema_version: int
+    base: _InputRecord
+    experts: dict[str, _InputRecord]
+    model_type: str
+    counts: dict[str, int]
+    layers: int
+    labels: dict[str, list[str]]
+    capabilities: dict[str, CapabilityRecord]
+    readouts: dict[str, ReadoutRecord]
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """Recovery of every unit.
+
+    Attributes:
+        base: the base.
+        experts: by name.
+        model_type: the architecture, as transformers names it.
+        layers: decoder layers.
+        counts: kind → units per layer, or in the model.
+        labels: kind → names of the units of a layer, for kinds whose numbers say little.
+        capabilities: by name.
+        readouts: label → what was read. The first readout of a capability has its name, others ``{name}@{readout}``.
+        arrays: ``{estimator}/{label}/{expert}/{kind}`` → recovery, fraction of the gap, float32 [layers or 1, units];
+            NaN where the readout cannot see the unit.
+        provenance: settings, seeds, versions, times, peak memory.
+    """
+
+    base: InputModel
+    experts: Mapping[str, InputModel]
+    model_type: str
+    layers: int
+    counts: Mapping[str, int]
+    labels: Mapping[str, list[str]]
+    capabilities: Mapping[str, CapabilityRecord]
+    readouts: Mapping[str, ReadoutRecord]
+    arrays: Mapping[str, Float[Tensor, "layers units"]]
+    provenance: Mapping[str, Any]
+
+    def array(self, label: str, expert: str, kind: Kind, *, estimator: str = "linear") -> Float[Tensor, "layers units"]:
+        """One array; its key is ``{estimator}/{label}/{expert}/{kind}``.
+
+        Raises:
+            WpmergeError: there is none, with the keys that there are.
+        """
+        key = f"{estimator}/{label}/{expert}/{kind}"
+        if key not in self.arrays:
+            raise WpmergeError("there is no such score", got=key, expected=", ".join(sorted(self.arrays)[:12]) + ", …")
+        return self.arrays[key]
+
+    def save(self, directory: Path) -> None:
+        """Write ``scores.safetensors`` and ``scores.json`` into a directory, which is made where it is missing."""
+        directory.mkdir(parents=True, exist_ok=True)
+        header = _ScoresFile(
+            schema_version=SCHEMA_VERSION,
+            base=_input_record(self.base),
+            experts={name: _input_record(expert) for name, expert in self.experts.items()},
+            model_type=self.model_type,
+            counts=dict(self.counts),
+            layers=self.layers,
+            labels=dict(self.labels),
+            capabilities=dict(self.capabilities),
+            readouts=dict(self.readouts),
+            provenance=dict(self.provenance),
+        )
+        arrays = {key: value.float().contiguous() for key, value in sorted(self.arrays.items())}
+        write_file(directory / "scores.safetensors", safetensors.torch.save(arrays))
+        write_file(directory / "scores.json", header.model_dump_json(indent=1))
+
+
+def load_scores(directory: Path) -> Scores:
+    """Read Scores from a directory.
+
+    Raises:
+        WpmergeError: a file is missing or malformed, or was written by a later version.
+    """
+    where = directory / "scores.json"
+    try:
+        raw = read_json(where)
+        arrays = SafetensorsFile(directory / "scores.safetensors")
+    except CheckpointError as error:
+        raise WpmergeError(
+            "scores cannot be read",
+            where=error.where,
+            got=error.got or error.what,
+            expected="scores.json and scores.safetensors, as `wpmerge score` writes them",
+        ) from None
+    if raw.get("schema_version") != SCHEMA_VERSION:
+        raise WpmergeError(
+            "scores of an unknown schema version",
+            where=where,
+            got=raw.get("schema_version"),
+            expected=SCHEMA_VERSION,
+            mend="use the version of wpmerge that wrote them",
+        )
+    try:
+        header = _ScoresFile.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        raise WpmergeError("scores are malformed", where=where, got=describe(error)) from None
+    tensors = {key: arrays.read(key, 0, info.numel).view(info.shape) for key, info in arrays.tensors.items()}
+    return Scores(
+        base=InputModel(**header.base.model_dump()),
+        experts={name: InputModel(**expert.model_dump()) for name, expert in header.experts.items()},
+        model_type=header.model_type,
+        layers=header.layers,
+        counts=header.counts,
+        labels=header.labels,
+        capabilities=header.capabilities,
+        readouts=header.readouts,
+        arrays={key: value.to(torch.float32) for key, value in tensors.items()},
+        provenance=header.provenance,
+    )
+
+
+def _input_record(model: InputModel) -> _InputRecord:
+    return _InputRecord(source=model.source, content_hash=model.content_hash, adapter=model.adapter)

@@ -1,0 +1,460 @@
+"""From a base, its experts and their capabilities to Scores: the work behind ``wpmerge score``."""
+
+import hashlib
+import json
+import platform
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from jaxtyping import Float
+from torch import Tensor
+
+from wpmerge.anchor import Anchor, anchor_readout, fit_anchor, last_token_states
+from wpmerge.arch import KINDS, Kind
+from wpmerge.attribution import UnitArrays, linear
+from wpmerge.capability import Capability, load_capability, reference_sequences
+from wpmerge.errors import AnchorError, CapabilityError
+from wpmerge.gradients import integrated
+from wpmerge.models import Family, continuations, open_family
+from wpmerge.output import check_output, output_directory, write_file
+from wpmerge.plan import input_model
+from wpmerge.readouts import LogProbReadout, Readout, measure
+from wpmerge.rows import Row, pack
+from wpmerge.scores import (
+    AnchorCurvePoint,
+    CapabilityRecord,
+    HeldOut,
+    ReadoutName,
+    ReadoutRecord,
+    Scores,
+)
+from wpmerge.screening import verify
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, units of it done, and units in all."""
+
+LEAST_GAP_T = 2.0
+"""A gap whose t-statistic over prompts is below this may be no gap."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreSettings:
+    """What ``wpmerge score`` may be told.
+
+    Attributes:
+        readouts: the first one's scores carry the capability's own name and are what coefficients rest on.
+        prompts: prompts (or pairs) per capability to score on.
+        held_out: further prompts per capability, kept for choosing coefficients.
+        reference_tokens: longest reference, tokens.
+        top: strongest units of each kind to verify; 0 with ``sample`` 0 verifies nothing.
+        sample: random others of each kind to verify.
+        verify_prompts: prompts the verification uses.
+        kinds: unit kinds to score.
+        cross: score every expert's units on every capability, not only on its own.
+        integrated_points: Gauss–Legendre points of the integrated estimator; 0 leaves it out.
+        layer: l* for every anchor, instead of choosing.
+        accept_anchor: go on with an unreliable anchor or gap.
+        tokens_per_row: tokens packed into one row.
+        seed: of prompt splits and random draws.
+    """
+
+    readouts: tuple[ReadoutName, ...] = ("reference", "anchor")
+    prompts: int = 32
+    held_out: int = 16
+    reference_tokens: int = 48
+    top: int = 64
+    sample: int = 128
+    verify_prompts: int = 4
+    kinds: tuple[Kind, ...] = KINDS
+    cross: bool = True
+    integrated_points: int = 0
+    layer: int | None = None
+    accept_anchor: bool = False
+    tokens_per_row: int = 384
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Case:
+    """One capability, split, with its references as tokens."""
+
+    scored: Capability
+    held_out: HeldOut
+    sequences: list[list[int]]
+    starts: list[int]
+    references: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reading:
+    """A readout with the rows it reads, on all scored prompts or some."""
+
+    readout: Readout
+    rows: list[Row]
+
+
+def score(
+    *,
+    base: str,
+    experts: Mapping[str, str],
+    capabilities: Mapping[str, str],
+    out: Path,
+    settings: ScoreSettings | None = None,
+    device: str = "cpu",
+    resident: bool = True,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Scores:
+    """Score every unit of every expert and write the Scores artifact.
+
+    Args:
+        base: a directory or a hub id.
+        experts: name → directory, hub id or LoRA adapter.
+        capabilities: name → built-in name or JSONL file; one for each expert, under the expert's name.
+        out: the directory to be made.
+        settings: see :class:`ScoreSettings`.
+        device: where to run, as torch names it.
+        resident: keep weights in memory; otherwise read each layer from disk when it is run.
+        overwrite: replace an output that is already there.
+        trust_remote_code: see :func:`~wpmerge.checkpoint.open_checkpoint`.
+        progress: told what is being done.
+
+    Raises:
+        WpmergeError: an input, capability, anchor or output cannot be used; nothing is written under ``out`` then.
+    """
+    started = time.monotonic()
+    settings = settings or ScoreSettings()
+    tell: Progress = progress or (lambda *_: None)
+    loaded = {name: load_capability(name, spec) for name, spec in capabilities.items()}
+    _check_names(experts, loaded)
+    check_output(out, inputs=[], overwrite=overwrite)
+    tell("opening models", 0, 1)
+    family = open_family(base, experts, device=device, resident=resident, trust_remote_code=trust_remote_code)
+    inputs = [family.base.path, *(expert.path for expert in family.experts.values())]
+    fingerprint = _fingerprint(family, loaded, settings)
+    with output_directory(out, inputs=inputs, overwrite=overwrite, fingerprint=fingerprint) as staging:
+        pieces = _Pieces(staging / "pieces")
+        arrays: dict[str, Tensor] = {}
+        readouts: dict[str, ReadoutRecord] = {}
+        cases = {}
+        for name, capability in loaded.items():
+            cases[name] = _prepare(family, capability, settings, pieces, tell)
+            for number, readout in enumerate(settings.readouts):
+                label = name if number == 0 else f"{name}@{readout}"
+                record, found = _score_readout(family, cases[name], readout, label, settings, pieces, tell)
+                readouts[label] = record
+                arrays |= found
+        scores = Scores(
+            base=input_model(family.base),
+            experts={name: input_model(expert) for name, expert in family.experts.items()},
+            model_type=str(family.layout.config["model_type"]),
+            layers=family.layout.layers,
+            counts={str(kind): count for kind, count in family.layout.counts.items()},
+            labels={str(k): names for k in family.layout.counts if (names := family.layout.labels(k)) is not None},
+            capabilities={name: _capability_record(loaded[name], case) for name, case in cases.items()},
+            readouts=readouts,
+            arrays=arrays,
+            provenance=provenance(settings, started, device=device),
+        )
+        scores.save(staging)
+        pieces.remove()
+    return scores
+
+
+def _check_names(experts: Mapping[str, str], capabilities: Mapping[str, Capability]) -> None:
+    for name in experts:
+        if name not in capabilities:
+            raise CapabilityError(
+                f"expert {name} has no capability to be scored on",
+                got=", ".join(capabilities) or "none",
+                expected=f"one named {name}",
+                mend=f"add --capability {name}=FILE.jsonl or a built-in name",
+            )
+    for name in capabilities:
+        if name not in experts:
+            raise CapabilityError(
+                f"capability {name} has no expert to measure its gap to",
+                got=", ".join(experts) or "none",
+                mend=f"add --expert {name}=PATH, or rename the capability after its expert",
+            )
+
+
+def _fingerprint(family: Family, capabilities: Mapping[str, Capability], settings: ScoreSettings) -> str:
+    """What decides the result: pieces of a killed run are used again only if it is the same."""
+    parts = {
+        "base": family.base.content_hash(),
+        "experts": {name: expert.content_hash() for name, expert in family.experts.items()},
+        "capabilities": {name: capability.content_hash() for name, capability in capabilities.items()},
+        "settings": repr(settings),
+        "version": version("wpmerge"),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _prepare(
+    family: Family, capability: Capability, settings: ScoreSettings, pieces: "_Pieces", tell: Progress
+) -> _Case:
+    """Split a capability, and let its expert write references where none are given."""
+    scored, held_out = capability.split(scoring=settings.prompts, held_out=settings.held_out, seed=settings.seed)
+    replies: list[list[int]] | None = None
+    if not capability.has_references:
+        texts = [prompt.prompt for prompt in (*scored.prompts, *held_out.prompts)]
+
+        def write() -> dict[str, Any]:
+            tell(f"{capability.name}: the expert's own replies", 0, 1)
+            return {"replies": continuations(family, capability.name, texts, tokens=settings.reference_tokens)}
+
+        replies = pieces.record(f"replies-{capability.name}", write)["replies"]
+    count = len(scored.prompts)
+    parts = (replies[:count], replies[count:]) if replies is not None else (None, None)
+    limit = settings.reference_tokens
+    sequences, starts = reference_sequences(family.chat, scored, parts[0], limit=limit)
+    other, other_starts = reference_sequences(family.chat, held_out, parts[1], limit=limit)
+    kept = HeldOut(
+        prompts=tuple(prompt.prompt for prompt in held_out.prompts),
+        sequences=tuple(tuple(sequence) for sequence in other),
+        starts=tuple(other_starts),
+    )
+    references = "given" if replies is None else "expert"
+    return _Case(scored=scored, held_out=kept, sequences=sequences, starts=starts, references=references)
+
+
+def _score_readout(
+    family: Family,
+    case: _Case,
+    name: ReadoutName,
+    label: str,
+    settings: ScoreSettings,
+    pieces: "_Pieces",
+    tell: Progress,
+) -> tuple[ReadoutRecord, dict[str, Tensor]]:
+    """One readout of one capability: gap, estimates for the experts, verification of its own expert's."""
+    own = case.scored.name
+    engine, base = family.engine, family.weights[""]
+    tell(f"{label}: gap", 0, 1)
+    anchor = _fit(family, case, settings) if name == "anchor" else None
+    reading = _reading(family, case, anchor, settings, count=len(case.scored.prompts))
+    before = measure(engine, base, reading.rows, reading.readout).double()
+    after = measure(engine, family.weights[own], reading.rows, reading.readout).double()
+    gap, t = _gap(before, after, label, accept=settings.accept_anchor)
+    scored = list(family.experts) if settings.cross else [own]
+
+    def estimate() -> dict[str, Tensor]:
+        found = _linear_in_parts(family, scored, reading, settings, lambda n, of: tell(f"{label}: linear", n, of))
+        return {
+            f"linear/{label}/{expert}/{kind}": array / gap
+            for expert, arrays in zip(scored, found, strict=True)
+            for kind, array in arrays.items()
+        }
+
+    arrays = pieces.tensors(f"linear-{label}", estimate)
+    record: dict[str, Any] = {
+        "capability": own,
+        "readout": name,
+        "l_star": reading.readout.layer,
+        "base": float(before.mean()),
+        "expert": float(after.mean()),
+        "gap": gap,
+        "gap_t": t,
+        "prompts": len(case.scored.prompts),
+    }
+    if anchor is not None:
+        points = tuple(
+            AnchorCurvePoint(layer=point.layer, cosine=point.cosine, gap=point.gap, t=point.t) for point in anchor.curve
+        )
+        record |= {"anchor": anchor.kind, "accepted": not anchor.reliable, "curve": points}
+    if settings.integrated_points:
+        shares, residual = integrated(
+            engine, base, family.weights[own], reading.rows, reading.readout, points=settings.integrated_points
+        )
+        arrays |= {f"integrated/{label}/{own}/{kind}": array / gap for kind, array in shares.items()}
+        record["integrated_residual"] = residual / gap
+    if settings.top or settings.sample:
+        record |= pieces.record(f"verify-{label}", lambda: _verify(family, case, anchor, label, settings, tell))
+    return ReadoutRecord.model_validate(record), arrays
+
+
+def _fit(family: Family, case: _Case, settings: ScoreSettings) -> Anchor:
+    prompts = case.scored.prompts
+    rows = pack(_anchor_sequences(family, case, len(prompts)), tokens_per_row=settings.tokens_per_row)
+    kind = "contrast" if case.scored.has_pairs else "pair"
+    count = len(prompts) * (2 if kind == "contrast" else 1)
+    states = [last_token_states(family.engine, family.weights[name], rows, count) for name in (case.scored.name, "")]
+    if kind == "contrast":
+        states = [found[0::2] - found[1::2] for found in states]
+    return fit_anchor(
+        states[0],
+        states[1],
+        kind="contrast" if kind == "contrast" else "pair",
+        name=case.scored.name,
+        layer=settings.layer,
+        accept=settings.accept_anchor,
+    )
+
+
+def _anchor_sequences(family: Family, case: _Case, count: int) -> list[list[int]]:
+    texts = []
+    for prompt in case.scored.prompts[:count]:
+        texts += [prompt.prompt] if prompt.without is None else [prompt.prompt, prompt.without]
+    return [family.chat.prompt_tokens(text) for text in texts]
+
+
+def _reading(family: Family, case: _Case, anchor: Anchor | None, settings: ScoreSettings, *, count: int) -> _Reading:
+    """The readout on the first ``count`` scored prompts."""
+    if anchor is not None:
+        sequences = _anchor_sequences(family, case, count)
+        readout: Readout = anchor_readout(anchor, count)
+    else:
+        sequences = case.sequences[:count]
+        last = family.layout.layers - 1
+        readout = LogProbReadout(layer=last, sequences=sequences, starts=case.starts[:count])
+    return _Reading(readout=readout, rows=pack(sequences, tokens_per_row=settings.tokens_per_row))
+
+
+def _gap(
+    before: Float[Tensor, " items"], after: Float[Tensor, " items"], label: str, *, accept: bool
+) -> tuple[float, float]:
+    """The gap and its t over items; a gap that may be none is refused."""
+    change = after - before
+    gap = float(change.mean())
+    t = gap / max(float(change.std() / len(change) ** 0.5), 1e-12)
+    if gap == 0.0 or (t < LEAST_GAP_T and not accept):
+        raise AnchorError(
+            "the expert does not show this capability more strongly than the base",
+            where=label,
+            got=f"gap {gap:.4g}, t = {t:.1f} over {len(change)} prompts",
+            expected=f"a positive gap, t at least {LEAST_GAP_T}",
+            mend="other or more prompts, the right expert, or --accept-anchor",
+        )
+    return gap, t
+
+
+HELD_BYTES = 1 << 30
+"""Residual streams that the linear estimator may hold, bytes."""
+
+
+def _linear_in_parts(
+    family: Family,
+    experts: Sequence[str],
+    reading: _Reading,
+    settings: ScoreSettings,
+    tell: Callable[[int, int], None],
+) -> list[UnitArrays]:
+    """The linear estimator over groups of rows whose residual streams fit in memory; effects add up."""
+    per_token = family.layout.hidden * 4 * (reading.readout.layer + 2)
+    groups = list(_row_groups(reading.rows, HELD_BYTES // per_token))
+    total: list[UnitArrays] = []
+    for number, rows in enumerate(groups):
+        tell(number, len(groups))
+        sources = [family.weights[name] for name in experts]
+        found = linear(family.engine, family.weights[""], sources, rows, reading.readout, kinds=settings.kinds)
+        total = [_added(*pair) for pair in zip(total, found, strict=True)] if total else found
+    tell(len(groups), len(groups))
+    return total
+
+
+def _added(one: UnitArrays, other: UnitArrays) -> UnitArrays:
+    return {kind: one[kind] + other[kind] for kind in one}
+
+
+def _row_groups(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
+    group: list[Row] = []
+    held = 0
+    for row in rows:
+        if group and held + row.tokens.shape[1] > tokens:
+            yield group
+            group, held = [], 0
+        group.append(row)
+        held += row.tokens.shape[1]
+    yield group
+
+
+def _verify(
+    family: Family, case: _Case, anchor: Anchor | None, label: str, settings: ScoreSettings, tell: Progress
+) -> dict[str, Any]:
+    """Exact patching of the screen's top and of a sample, on the first prompts."""
+    own = case.scored.name
+    count = min(settings.verify_prompts, len(case.scored.prompts))
+    reading = _reading(family, case, anchor, settings, count=count)
+    base, expert = family.weights[""], family.weights[own]
+    values = [
+        measure(family.engine, source, reading.rows, reading.readout).double().mean() for source in (base, expert)
+    ]
+    found, noise = verify(
+        family.engine,
+        base,
+        expert,
+        reading.rows,
+        reading.readout,
+        gap=float(values[1] - values[0]),
+        top=settings.top,
+        sample=settings.sample,
+        seed=settings.seed,
+        progress=lambda done, of: tell(f"{label}: exact", done, of),
+    )
+    verification = {str(kind): entry.model_dump(mode="json") for kind, entry in found.items()}
+    return {"verification": verification, "noise_floor": noise}
+
+
+def _capability_record(capability: Capability, case: _Case) -> CapabilityRecord:
+    return CapabilityRecord(
+        source=capability.source,
+        content_hash=capability.content_hash(),
+        scored=tuple(prompt.prompt for prompt in case.scored.prompts),
+        references="given" if case.references == "given" else "expert",
+        held_out=case.held_out,
+    )
+
+
+def provenance(settings: object, started: float, **more: Any) -> dict[str, Any]:
+    """What a reader needs to repeat a result: settings, versions, machine, seconds, peak memory in bytes."""
+    packages = ("wpmerge", "torch", "transformers", "safetensors", "numpy")
+    return {
+        "settings": json.loads(json.dumps(settings, default=_plain)),
+        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+        "machine": platform.machine(),
+        "seconds": round(time.monotonic() - started, 3),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024),
+        **more,
+    }
+
+
+def _plain(value: object) -> Any:
+    slots = getattr(type(value), "__slots__", None)
+    return {name: getattr(value, name) for name in slots} if slots else str(value)
+
+
+class _Pieces:
+    """Finished parts of a run on disk, so that a killed run continues where it was."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        directory.mkdir(exist_ok=True)
+
+    def tensors(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        path = self._directory / f"{key}.safetensors"
+        if not path.exists():
+            made = {name: value.contiguous() for name, value in compute().items()}
+            write_file(path, safetensors.torch.save(made))
+        found: dict[str, Tensor] = safetensors.torch.load(path.read_bytes())
+        return found
+
+    def record(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        path = self._directory / f"{key}.json"
+        if not path.exists():
+            write_file(path, json.dumps(compute()))
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+    def remove(self) -> None:
+        shutil.rmtree(self._directory)
