@@ -126,6 +126,7 @@ class Architecture:
     embedding: str = "embed_tokens"
     positions: str | None = None
     final_norm: str = "norm"
+    stored_head: str = "lm_head"  # what checkpoints call the output head, where it is not lm_head
     transposed: bool = False  # GPT-2's Conv1D stores [in, out]
     masks: Literal["full", "window", "by_layer_type"] = "full"
     norm_spans_heads: bool = False  # OLMo 2 normalises all queries of a layer together
@@ -197,6 +198,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             body="gpt_neox",
             embedding="embed_in",
             final_norm="final_layer_norm",
+            stored_head="embed_out",
         ),
         "gpt2": Architecture(
             rules=(
@@ -271,7 +273,8 @@ class Layout:
         self._canonical = self._canonical_names(shapes)
         self.stored = {canonical: stored for stored, canonical in self._canonical.items()}
         head = "lm_head.weight"
-        self.tied = bool(config.get("tie_word_embeddings", self.arch.transposed)) or head not in self.stored
+        # A head that is neither stored nor said to be tied is missing, and refused below.
+        self.tied = bool(config.get("tie_word_embeddings", self.arch.transposed or head not in self.stored))
         if self.tied:
             self.stored.pop(head, None)
         self.shapes = {name: tuple(shapes[stored]) for name, stored in self.stored.items()}
@@ -284,8 +287,12 @@ class Layout:
         bare = not any(name.startswith(prefix) for name in shapes)
         names = {}
         for name in shapes:
-            if not BUFFERS.search(name):
-                names[name] = prefix + name if bare and not name.startswith("lm_head.") else name
+            if BUFFERS.search(name):
+                continue
+            if name.startswith((f"{self.arch.stored_head}.", "lm_head.")):
+                names[name] = "lm_head." + name.split(".", 1)[1]
+            else:
+                names[name] = prefix + name if bare else name
         return names
 
     @cached_property
@@ -452,6 +459,8 @@ class Layout:
 
     def _check_complete(self) -> None:
         expected = [self.embedding, f"{self.arch.body}.{self.arch.final_norm}.weight", self.head]
+        if self.arch.positions:
+            expected.append(f"{self.arch.body}.{self.arch.positions}.weight")
         modules = [rule.module for rule in self.arch.rules] + list(self.arch.norms)
         for layer in range(self.layers):
             expected += [f"{self.layer_prefix(layer)}{module}.weight" for module in modules]
