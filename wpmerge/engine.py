@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from wpmerge.arch import Layout
+from wpmerge.errors import CheckpointError
 from wpmerge.rows import Row
 from wpmerge.weights import Weights
 
@@ -72,6 +73,10 @@ class Engine:
         device: where to run.
         dtype: compute dtype of weights and residual stream. float32 whatever the checkpoint's dtype, because one
             neuron moves a readout by about 1e-4 of the residual and bfloat16 carries three digits.
+
+    Raises:
+        CheckpointError: the layout's tensors are not those of the config's model: a bias too few or too many, which
+            transformers would pass over in silence, or another shape.
     """
 
     def __init__(
@@ -80,6 +85,7 @@ class Engine:
         self.layout, self.device, self.dtype = layout, torch.device(device), dtype
         arch = layout.arch
         model = empty_model(layout.config, device=self.device)
+        _check_parameters(layout, model)
         self._body = model.get_submodule(arch.body)
         self._layers = list(self._body.get_submodule(arch.layers).children())
         self._norm = self._body.get_submodule(arch.final_norm)
@@ -236,6 +242,21 @@ def empty_model(config: Mapping[str, Any], *, device: torch.device) -> nn.Module
     model.requires_grad_(False)
     empty: nn.Module = model
     return empty
+
+
+def _check_parameters(layout: Layout, model: nn.Module) -> None:
+    own = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if layout.tied:
+        own.pop("lm_head.weight", None)
+    for name in sorted(own.keys() | layout.shapes.keys()):
+        if own.get(name) != layout.shapes.get(name):
+            raise CheckpointError(
+                "the checkpoint's tensors are not those of the model that config.json describes",
+                where=layout.stored.get(name, name),
+                got=layout.shapes.get(name, "no such tensor"),
+                expected=own.get(name, "no such tensor"),
+                mend="check that config.json belongs to these weights",
+            )
 
 
 def register_softcapped_attention() -> None:
