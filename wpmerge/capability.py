@@ -65,15 +65,16 @@ class Capability:
         order = list(range(len(self.prompts)))
         random.Random(seed).shuffle(order)
         if len(order) < scoring + held_out:  # share what there is in the proportion that was asked for
-            scoring = len(order) * scoring // (scoring + held_out)
+            share = len(order) * scoring // (scoring + held_out)
+            scoring = min(max(share, min(scoring, MINIMUM)), len(order) - min(held_out, MINIMUM))
             held_out = len(order) - scoring
         if min(scoring, held_out) < MINIMUM:
             raise CapabilityError(
                 "The capability has too few prompts to score on some and choose coefficients on others.",
                 where=f"{self.name} ({self.source})",
-                got=len(self.prompts),
-                expected=f"at least {2 * MINIMUM}",
-                mend="add prompts, or ask for fewer of one kind",
+                got=f"{len(self.prompts)} prompts: {max(0, scoring)} to score on, {max(0, held_out)} to keep",
+                expected=f"at least {MINIMUM} of each",
+                mend="add prompts, or ask for more",
             )
         chosen = order[:scoring], order[scoring : scoring + held_out]
         one, other = (tuple(self.prompts[i] for i in part) for part in chosen)
@@ -98,7 +99,7 @@ def load_capability(name: str, spec: str) -> Capability:
     Raises:
         CapabilityError: no such name or file; an empty or malformed file, with its line number.
     """
-    if Path(spec).suffix in (".jsonl", ".json") or Path(spec).exists():
+    if Path(spec).suffix in (".jsonl", ".json") or Path(spec).is_file():
         prompts = _read_jsonl(Path(spec))
     else:
         parts = [_builtin_prompts(part) for part in spec.split("+")]
@@ -122,19 +123,20 @@ def _builtin_prompts(name: str) -> list[Prompt]:
 
 def _read_jsonl(path: Path) -> list[Prompt]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut texts at U+2028 and the like
     except (OSError, UnicodeDecodeError) as error:
         raise CapabilityError("The capability file cannot be read.", where=path, got=error) from error
-    prompts = [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
+    numbers = [n for n, line in enumerate(lines, start=1) if line.strip()]
+    prompts = [_parse(lines[n - 1], f"{path}, line {n}") for n in numbers]
     if not prompts:
         raise CapabilityError("The capability file is empty.", where=path, expected="one JSON object a line")
     for field in ("without", "reference"):
         present = [getattr(prompt, field) is not None for prompt in prompts]
         if any(present) and not all(present):
-            number = 1 + present.index(False)
+            number = numbers[present.index(False)]
             raise CapabilityError(
                 f'Some prompts have "{field}" and some do not.',
-                where=f"{path}, prompt {number}",
+                where=f"{path}, line {number}",
                 expected="all or none",
                 mend="split the file, or fill the field in",
             )
@@ -145,7 +147,7 @@ def _parse(line: str, where: str) -> Prompt:
     expected = '{"prompt": "…", "without": "…", "reference": "…"}, the last two optional'
     try:
         entry: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise CapabilityError("A line is not JSON.", where=where, got=str(error), expected=expected) from error
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
         raise CapabilityError("A line has no prompt.", where=where, got=line[:80], expected=expected)
