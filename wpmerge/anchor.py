@@ -103,8 +103,11 @@ def fit_anchor(
         accept: take the best layer even if none is reliable.
 
     Raises:
-        AnchorError: no layer passes, with the numbers of the best.
+        AnchorError: no layer passes, with the numbers of the best; or there is no such layer.
     """
+    layers = expert_states.shape[1]
+    if layer is not None and not 0 <= layer < layers:
+        raise AnchorError("there is no such layer to read", where=name, got=layer, expected=f"0 to {layers - 1}")
     target = expert_states if kind == "contrast" else expert_states - base_states
     change = expert_states - base_states
     halves = (slice(0, None, 2), slice(1, None, 2))
