@@ -12,7 +12,7 @@ import torch
 import yaml
 from checkpoints import CONFIG, family, llama_shapes, random_weights, tokenizer, write_checkpoint
 
-import wpmerge.streaming
+import wpmerge.blocks
 from wpmerge.checkpoint import open_checkpoint
 from wpmerge.errors import CheckpointError, OutputError, RecipeError, WpmergeError
 from wpmerge.merge import check_inputs, merge, merge_recipe, merged_state_dict, merged_tensor, open_inputs
@@ -347,9 +347,9 @@ def test_too_little_disk_is_found_before_any_work(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import wpmerge.shards, wpmerge.streaming
+import wpmerge.shards, wpmerge.blocks
 from wpmerge.merge import merge_recipe
-wpmerge.streaming.BLOCK_ELEMENTS = 64
+wpmerge.blocks.BLOCK_ELEMENTS = 64
 left = [int(sys.argv[3])]
 write = wpmerge.shards.ShardWriter.write
 def dying(*arguments):
@@ -480,7 +480,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
 
 
 def test_progress_counts_bytes_of_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(wpmerge.streaming, "BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr(wpmerge.blocks, "BLOCK_ELEMENTS", 64)
     made, seen = family(tmp_path), []
     attempt(tmp_path, made, progress=lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] == sum(i.nbytes for i in open_checkpoint(made["base"]).tensors.values())

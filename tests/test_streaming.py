@@ -6,12 +6,13 @@ from checkpoints import write_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
-import wpmerge.streaming
+import wpmerge.blocks
+from wpmerge.blocks import blocks
 from wpmerge.checkpoint import open_checkpoint
 from wpmerge.errors import CheckpointError, RecipeError
 from wpmerge.plan import Coefficient
 from wpmerge.shards import OutputTensor, layout_shards
-from wpmerge.streaming import Job, Term, blocks, job_dtype, merge_jobs, merge_tensor
+from wpmerge.streaming import Job, Term, job_dtype, merge_jobs, merge_tensor
 
 
 @given(st.lists(st.integers(0, 2000), max_size=3))
@@ -20,7 +21,7 @@ def test_blocks_cover_a_tensor_once_and_stay_small(shape):
     ends = [0]
     for start, stop in blocks(shape):
         assert start == ends[-1] < stop
-        assert stop - start <= wpmerge.streaming.BLOCK_ELEMENTS
+        assert stop - start <= wpmerge.blocks.BLOCK_ELEMENTS
         ends.append(stop)
     assert ends[-1] == math.prod(shape)
 
@@ -55,7 +56,7 @@ def test_any_coefficients_on_any_blocks_match_float64(tmp_path_factory, shape, a
     for tensor, coefficient in zip(tensors[1:], coefficients, strict=True):
         exact = exact + coefficient.expand(tuple(shape)).double() * (tensor.double() - tensors[0].double())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wpmerge.streaming, "BLOCK_ELEMENTS", block)
+        patch.setattr(wpmerge.blocks, "BLOCK_ELEMENTS", block)
         merged = merge_tensor(job(opened[0], opened[1:], coefficients, out))
     assert (merged.shape, merged.dtype) == (exact.shape, out)
     error = (merged.double() - exact).abs()
@@ -81,7 +82,7 @@ def test_almost_every_element_is_correctly_rounded(tmp_path):
 
 
 def test_threads_and_shards_do_not_change_a_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(wpmerge.streaming, "BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr(wpmerge.blocks, "BLOCK_ELEMENTS", 64)
     generator = torch.Generator().manual_seed(0)
     names = [f"x{i}" for i in range(6)]
     opened = [

@@ -74,10 +74,22 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such tensor, or its file cannot be read.
         """
+        out = torch.empty(max(0, stop - start), dtype=self._info(name).dtype)
+        if stop < start:
+            raise IndexError(f"{name} has no elements {start} to {stop}")
+        self.load_into(name, start, out)
+        return out
+
+    def load_into(self, name: str, start: int, out: Shaped[Tensor, " n"]) -> None:
+        """Fill a flat buffer of the tensor's stored dtype with its elements from ``start`` on.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its file cannot be read.
+        """
         info = self._info(name)
-        if not 0 <= start <= stop <= info.numel:
-            raise IndexError(f"{name} has {info.numel} elements, not {start} to {stop}")
-        return self._files[info.file].read(info.name, start, stop)
+        if not 0 <= start <= start + out.numel() <= info.numel:
+            raise IndexError(f"{name} has {info.numel} elements, not {start} to {start + out.numel()}")
+        self._files[info.file].read_into(info.name, start, out)
 
     def where(self, name: str) -> str:
         """A tensor and its file, for messages."""
@@ -127,17 +139,17 @@ class _AdaptedCheckpoint(Checkpoint):
         self.base = base
         self._terms = adapter
 
-    def load_elements(self, name: str, start: int, stop: int) -> Shaped[Tensor, " n"]:
-        info = self._info(name)
+    def load_into(self, name: str, start: int, out: Shaped[Tensor, " n"]) -> None:
+        info, stop = self._info(name), start + out.numel()
         if not 0 <= start <= stop <= info.numel:
             raise IndexError(f"{name} has {info.numel} elements, not {start} to {stop}")
         if name in self._terms.replaced:
             block = self._terms.file.read(self._terms.replaced[name], start, stop)
         else:
             block = self.base.load_elements(name, start, stop)
-        if name not in self._terms.low_rank or start == stop:
-            return block.to(info.dtype)
-        return self._terms.low_rank[name].block(start, stop).add_(block)
+        if name in self._terms.low_rank and out.numel():
+            block = self._terms.low_rank[name].block(start, stop).add_(block)
+        out.copy_(block)
 
 
 def open_checkpoint(

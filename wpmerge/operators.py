@@ -8,8 +8,10 @@ be cut into blocks anywhere.
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 _MASK32 = 0xFFFFFFFF
@@ -114,15 +116,54 @@ def random_mask(n: int, density: float, *, seed: int, start: int = 0) -> Bool[Te
 
     The hash is the finaliser of MurmurHash3 (32 bits), applied to the low and high words of the index in turn.
     """
-    index = torch.arange(start, start + n, dtype=torch.int64)
-    state = _mix((index & _MASK32) ^ (seed & _MASK32))
-    state = _mix(state ^ (index >> 32) ^ ((seed >> 32) & _MASK32) ^ 0x9E3779B9)
-    return state < round(density * 2**32)
+    mask, state, spare = np.empty(n, np.bool_), np.empty(n, np.uint32), np.empty(n, np.uint32)
+    fill_random_mask(mask, state, spare, density, seed=seed, start=start)
+    return torch.from_numpy(mask)
 
 
-def _mix(x: Tensor) -> Tensor:
-    """MurmurHash3's fmix32 on 32-bit values held in int64; products are split so that they do not overflow."""
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        x = x ^ (x >> shift)
-        x = ((x & 0xFFFF) * factor + ((((x >> 16) * factor) & 0xFFFF) << 16)) & _MASK32
-    return x ^ (x >> 16)
+def fill_random_mask(
+    mask: NDArray[np.bool_],
+    state: NDArray[np.uint32],
+    spare: NDArray[np.uint32],
+    density: float,
+    *,
+    seed: int,
+    start: int,
+) -> None:
+    """:func:`random_mask` into ``mask``; ``state`` and ``spare`` are scratch of the same length."""
+    n = len(mask)
+    before = min(n, (1 << 32) - (start & _MASK32))  # elements until the index's high word changes
+    if before < n:
+        fill_random_mask(mask[before:], state[before:], spare[before:], density, seed=seed, start=start + before)
+        mask, state, spare = mask[:before], state[:before], spare[:before]
+    state[:] = _counting(len(mask))
+    np.add(state, np.uint32(start & _MASK32), out=state)
+    np.bitwise_xor(state, np.uint32(seed & _MASK32), out=state)
+    _mix(state, spare)
+    np.bitwise_xor(state, np.uint32((start >> 32 ^ seed >> 32 ^ 0x9E3779B9) & _MASK32), out=state)
+    _mix(state, spare)
+    limit = round(density * 2**32)
+    if limit > _MASK32:
+        mask[:] = True
+    else:
+        np.less(state, np.uint32(limit), out=mask)
+
+
+def _counting(n: int) -> NDArray[np.uint32]:
+    """0 to n - 1; the longest so far is kept."""
+    global _numbers  # noqa: PLW0603 - a constant that grows
+    if len(_numbers) < n:
+        _numbers = np.arange(n, dtype=np.uint32)
+    return _numbers[:n]
+
+
+_numbers: NDArray[np.uint32] = np.arange(0, dtype=np.uint32)
+
+
+def _mix(x: NDArray[np.uint32], spare: NDArray[np.uint32]) -> None:
+    """MurmurHash3's fmix32, in place; products wrap."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        np.right_shift(x, np.uint32(shift), out=spare)
+        np.bitwise_xor(x, spare, out=x)
+        if factor != 1:
+            np.multiply(x, np.uint32(factor), out=x)

@@ -1,53 +1,34 @@
 """The engine of a merge: read a block of every input, combine in float32, round once, write it at its place.
 
 A block is a few rows, about 2^18 elements: it stays in the processor's cache from reading to writing, so that a merge
-costs little more than the reading and writing, and memory does not grow with the model. Threads share out blocks; the
-bounds of a block depend on the tensor's shape alone, so the result does not depend on them.
+costs little more than the reading and writing, and memory does not grow with the model. Threads share out runs of
+blocks, or whole tensors where an operator needs a statistic of one; the bounds of a block depend on the tensor's shape
+alone, so the result does not depend on them.
 """
 
 import contextlib
-import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 from torch import Tensor
 
-from wpmerge import operators
-from wpmerge.checkpoint import Checkpoint
-from wpmerge.errors import CheckpointError, RecipeError
-from wpmerge.plan import Coefficient
-from wpmerge.shards import OutputTensor, Shard, ShardWriter
-from wpmerge.tensorfile import check_finite
+from wpmerge.blocks import Job, TensorMerge, Term, blocks
+from wpmerge.checksum import Checksum, checksum
+from wpmerge.errors import CheckpointError
+from wpmerge.shards import Shard, ShardWriter
+from wpmerge.tensorfile import SafetensorsFile
+from wpmerge.workspace import Workspace
 
-BLOCK_ELEMENTS = 2**18
+__all__ = ["Job", "Progress", "Term", "job_dtype", "merge_jobs", "merge_tensor"]
+
 BLOCKS_PER_PIECE = 8  # a piece is what a thread takes at a time
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Term:
-    """One input of an output tensor and what it is multiplied by."""
-
-    checkpoint: Checkpoint
-    tensor: str
-    coefficient: Coefficient
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """How one output tensor is made.
-
-    With a base: base + Σ coefficient · (term - base), its copy where there are no terms. Without: Σ coefficient · term.
-    """
-
-    output: OutputTensor
-    base: tuple[Checkpoint, str] | None
-    terms: tuple[Term, ...]
 
 
 def merge_jobs(
@@ -57,8 +38,9 @@ def merge_jobs(
     *,
     threads: int = 1,
     sync: bool = True,
+    allow_nan: bool = False,
     progress: Progress | None = None,
-) -> None:
+) -> dict[str, str]:
     """Make every output tensor and write the shards into a directory.
 
     Shards that are already there whole, from an earlier run of the same work, are not made again.
@@ -69,7 +51,11 @@ def merge_jobs(
         directory: exists.
         threads: blocks worked on at the same time; the result is the same for any number.
         sync: bring each shard to disk before it takes its name.
+        allow_nan: let values pass that are not finite.
         progress: called with bytes of output done and in all, in the calling thread.
+
+    Returns:
+        The checksum of each tensor's bytes, by name.
 
     Raises:
         CheckpointError: a weight that is not finite, a file that changed.
@@ -77,122 +63,140 @@ def merge_jobs(
     """
     by_name = {job.output.name: job for job in jobs}
     total, done = sum(tensor.nbytes for shard in shards for tensor in shard.tensors), 0
-    with (
-        _one_thread_per_operation(),
-        ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-    ):
-        for shard in shards:
-            path = directory / shard.name
-            if path.is_file() and path.stat().st_size == shard.nbytes:
-                done += sum(tensor.nbytes for tensor in shard.tensors)
-                continue
-            writer = ShardWriter(directory, shard, sync=sync)
-            pieces = [piece for tensor in shard.tensors for piece in _pieces(by_name[tensor.name], writer)]
-            try:
-                for nbytes in map(_write_piece, pieces) if threads == 1 else pool.map(_write_piece, pieces):
-                    done += nbytes
-                    if progress:
-                        progress(done, total)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                writer.abandon()
-                raise
-            writer.close()
+    checksums: dict[str, str] = {}
+    pieces: list[_Piece] = []
+    writers = []
+    for shard in shards:
+        path = directory / shard.name
+        if path.is_file() and path.stat().st_size == shard.nbytes:
+            checksums |= _stored_checksums(path)
+            done += sum(tensor.nbytes for tensor in shard.tensors)
+            continue
+        writer = _LazyWriter(directory, shard, sync=sync)
+        writers.append(writer)
+        made = [piece for tensor in shard.tensors for piece in _pieces(by_name[tensor.name], writer)]
+        pieces += [*made, _Piece(job=None, writer=writer, bounds=())]
+    workspaces = threading.local()
+
+    def write(piece: _Piece) -> int:
+        if not hasattr(workspaces, "one"):
+            workspaces.one = Workspace()
+        return _write_piece(piece, workspaces.one, allow_nan=allow_nan)
+
+    try:
+        with _one_thread_per_operation(), _mapping(threads) as map_:
+            for piece, nbytes in zip(pieces, map_(write, pieces), strict=True):
+                if piece.job is None:
+                    checksums |= piece.writer.close()
+                done += nbytes
+                if progress and nbytes:
+                    progress(done, total)
+    except BaseException:  # the threads have ended: no file is closed under one that writes
+        for writer in writers:
+            writer.abandon()
+        raise
+    return checksums
 
 
-def merge_tensor(job: Job) -> Shaped[Tensor, "..."]:
+def merge_tensor(job: Job, *, allow_nan: bool = False) -> Shaped[Tensor, "..."]:
     """One output tensor in memory, bit for bit as :func:`merge_jobs` writes it."""
-    parts = [merge_block(job, start, stop) for start, stop in blocks(job.output.shape)]
-    return torch.cat(parts).view(job.output.shape) if parts else torch.empty(job.output.shape, dtype=job.output.dtype)
+    out = torch.empty(job.output.shape, dtype=job.output.dtype)
+    for start, stop, block in merge_stream(job, allow_nan=allow_nan):
+        out.view(-1)[start:stop] = block
+    return out
 
 
-def blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Element ranges that cut a tensor into whole rows, or rows into parts where one row is longer than a block."""
-    numel = math.prod(shape)
-    if numel == 0:
+def merge_stream(job: Job, *, allow_nan: bool = False) -> Iterator[tuple[int, int, Tensor]]:
+    """The blocks of one output tensor in order, each valid until the next is asked for."""
+    made = TensorMerge(job, Workspace(), allow_nan=allow_nan)
+    for start, stop in blocks(job.output.shape):
+        yield start, stop, made.block(start, stop)
+
+
+class _LazyWriter:
+    """A shard's writer and checksums. The file is made when its first block is there, by whichever thread has it."""
+
+    def __init__(self, directory: Path, shard: Shard, *, sync: bool) -> None:
+        self._directory, self._shard, self._sync = directory, shard, sync
+        self._lock = threading.Lock()
+        self._writer: ShardWriter | None = None
+        self._closed = False
+        self._checksums = {tensor.name: Checksum() for tensor in shard.tensors}
+
+    def write(self, name: str, start: int, block: Shaped[Tensor, " n"]) -> None:
+        self._open().write(name, start, block)
+        self._checksums[name].add(start * block.dtype.itemsize, block)
+
+    def close(self) -> dict[str, str]:
+        """Give the file its name; the checksums of its tensors."""
+        self._open().close()
+        self._closed = True
+        return {name: made.text() for name, made in self._checksums.items()}
+
+    def abandon(self) -> None:
+        with self._lock:
+            if self._writer is not None and not self._closed:
+                self._writer.abandon()
+            self._closed = True
+
+    def _open(self) -> ShardWriter:
+        with self._lock:
+            if self._writer is None:
+                self._writer = ShardWriter(self._directory, self._shard, sync=self._sync)
+            return self._writer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    """Blocks of one tensor for one thread; without a job the end of a shard."""
+
+    job: Job | None
+    writer: _LazyWriter
+    bounds: tuple[tuple[int, int], ...]
+
+
+def _pieces(job: Job, writer: _LazyWriter) -> Iterator[_Piece]:
+    bounds = tuple(blocks(job.output.shape))
+    length = len(bounds) if job.needs_whole else BLOCKS_PER_PIECE
+    for i in range(0, len(bounds), max(1, length)):
+        yield _Piece(job=job, writer=writer, bounds=bounds[i : i + length])
+
+
+def _write_piece(piece: _Piece, workspace: Workspace, *, allow_nan: bool) -> int:
+    if piece.job is None:
+        return 0
+    made = TensorMerge(piece.job, workspace, allow_nan=allow_nan)
+    for start, stop in piece.bounds:
+        piece.writer.write(piece.job.output.name, start, made.block(start, stop))
+    return (piece.bounds[-1][1] - piece.bounds[0][0]) * piece.job.output.dtype.itemsize
+
+
+def _stored_checksums(path: Path) -> dict[str, str]:
+    """The checksums of a shard that an earlier run finished."""
+    file = SafetensorsFile(path)
+    return {name: checksum_of(file, name) for name in file.tensors}
+
+
+def checksum_of(file: SafetensorsFile, name: str) -> str:
+    """The checksum of a tensor in a file."""
+    info, made = file.tensors[name], Checksum()
+    for start, stop in blocks((info.numel,)):
+        made.add(start * info.dtype.itemsize, file.read(name, start, stop))
+    return made.text()
+
+
+@contextlib.contextmanager
+def _mapping(threads: int) -> Iterator[Callable[..., Iterator[int]]]:
+    """``map`` in order over some threads; the calling thread alone where there is one."""
+    if threads == 1:
+        yield map
         return
-    columns = numel // shape[0] if shape else 1
-    step = max(1, BLOCK_ELEMENTS // columns) * columns if columns <= BLOCK_ELEMENTS else BLOCK_ELEMENTS
-    for start in range(0, numel, step):
-        yield start, min(start + step, numel)
-
-
-def merge_block(job: Job, start: int, stop: int) -> Shaped[Tensor, " n"]:
-    """Elements ``start`` to ``stop`` of an output tensor, in its output dtype.
-
-    Raises:
-        CheckpointError: an input is not finite there.
-        RecipeError: the result is not, though the inputs are: it overflows the output dtype.
-    """
-    dtype = job.output.dtype
-    base = job.base[0].load_elements(job.base[1], start, stop) if job.base else None
-    combined = base if base is not None and not job.terms else _combine(job, base, start, stop)
-    merged = combined.to(dtype)
-    # A value that is not finite in any input, even times 0, makes the result so: one check serves them all.
-    if dtype.is_floating_point and not math.isfinite(float(merged.sum(dtype=torch.float32))):
-        _explain_not_finite(job, merged, start, stop)
-    return merged
-
-
-def _combine(job: Job, base: Tensor | None, start: int, stop: int) -> Float[Tensor, " n"]:
-    shape = job.output.shape
-    terms = [term.checkpoint.load_elements(term.tensor, start, stop).to(torch.float32) for term in job.terms]
-    view, coefficients = _coefficients(job.terms, shape, start, stop)
-    models = [term.view(view) for term in terms]
-    if base is None:
-        return operators.linear(models, coefficients).reshape(-1)
-    return operators.task_arithmetic(base.to(torch.float32).view(view), models, coefficients).reshape(-1)
-
-
-def _coefficients(
-    terms: Sequence[Term], shape: tuple[int, ...], start: int, stop: int
-) -> tuple[tuple[int, ...], list[Tensor]]:
-    """A view of the block in which every coefficient broadcasts, and the coefficients for it."""
-    if all(term.coefficient.axis is None for term in terms):
-        return (stop - start,), [term.coefficient.values for term in terms]
-    columns = math.prod(shape[1:])
-    if len(shape) == 2 and start % columns == 0 and stop % columns == 0:
-        rows = slice(start // columns, stop // columns)
-        found = []
-        for term in terms:
-            values = term.coefficient.values
-            found.append(values[rows, None] if term.coefficient.axis == 0 else values)  # a row vector or a scalar
-        return ((stop - start) // columns, columns), found
-    index = torch.arange(start, stop)
-    found = []
-    for term in terms:
-        axis = term.coefficient.axis
-        if axis is None:
-            found.append(term.coefficient.values)
-        else:
-            found.append(term.coefficient.values[index // math.prod(shape[axis + 1 :]) % shape[axis]])
-    return (stop - start,), found
-
-
-def _explain_not_finite(job: Job, merged: Tensor, start: int, stop: int) -> None:
-    """Name the input that is not finite; a sum that merely overflows float32 is no fault."""
-    if torch.isfinite(merged).all():
-        return
-    sources = [(term.checkpoint, term.tensor) for term in job.terms]
-    for checkpoint, name in [job.base, *sources] if job.base else sources:
-        check_finite(checkpoint.load_elements(name, start, stop), where=checkpoint.where(name), start=start)
-    raise RecipeError(
-        f"merged tensor {job.output.name} overflows {str(job.output.dtype).removeprefix('torch.')}",
-        mend="choose a wider output dtype, or smaller coefficients",
-    )
-
-
-def _pieces(job: Job, writer: ShardWriter) -> Iterator[tuple[Job, ShardWriter, list[tuple[int, int]]]]:
-    bounds = list(blocks(job.output.shape))
-    for i in range(0, len(bounds), BLOCKS_PER_PIECE):
-        yield job, writer, bounds[i : i + BLOCKS_PER_PIECE]
-
-
-def _write_piece(piece: tuple[Job, ShardWriter, list[tuple[int, int]]]) -> int:
-    job, writer, bounds = piece
-    for start, stop in bounds:
-        writer.write(job.output.name, start, merge_block(job, start, stop))
-    return (bounds[-1][1] - bounds[0][0]) * job.output.dtype.itemsize
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield pool.map
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 @contextlib.contextmanager

@@ -70,6 +70,10 @@ class TensorFile(Protocol):
         """Elements ``start`` to ``stop`` of a tensor in row-major order, in the stored dtype."""
         ...
 
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Fill ``out``, flat and of the stored dtype, with elements from ``start`` on."""
+        ...
+
 
 class SafetensorsFile:
     """A safetensors file, its header checked, its tensors read by position.
@@ -118,12 +122,16 @@ class SafetensorsFile:
 
     def read(self, name: str, start: int, stop: int) -> Shaped[Tensor, " n"]:
         """Elements ``start`` to ``stop`` of a tensor in row-major order, in the stored dtype."""
+        out = torch.empty(stop - start, dtype=self.tensors[name].dtype)
+        self.read_into(name, start, out)
+        return out
+
+    def read_into(self, name: str, start: int, out: Shaped[Tensor, " n"]) -> None:
+        """Fill ``out``, flat and of the stored dtype, with elements from ``start`` on."""
         info = self.tensors[name]
-        out = torch.empty(stop - start, dtype=info.dtype)
-        if stop > start:
+        if out.numel():
             view = out.view(torch.uint8).numpy().data
             _read_exactly(self._descriptor, view, info.offset + start * info.dtype.itemsize, self.path)
-        return out
 
 
 class PickleFile:
@@ -169,6 +177,10 @@ class PickleFile:
     def read(self, name: str, start: int, stop: int) -> Shaped[Tensor, " n"]:
         """Elements ``start`` to ``stop`` of a tensor in row-major order, in the stored dtype."""
         return self._loaded[name].detach().reshape(-1)[start:stop].clone()
+
+    def read_into(self, name: str, start: int, out: Shaped[Tensor, " n"]) -> None:
+        """Fill ``out``, flat and of the stored dtype, with elements from ``start`` on."""
+        out.copy_(self._loaded[name].detach().reshape(-1)[start : start + out.numel()])
 
 
 def open_tensor_file(path: Path) -> TensorFile:
