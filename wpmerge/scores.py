@@ -28,7 +28,7 @@ Drawn = Literal["top", "random"]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")  # null could not be read again
 
 
 class Verified(_Record):
