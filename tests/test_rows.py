@@ -1,4 +1,4 @@
-"""Packing: nothing lost, nothing cut, every token sees exactly its own sequence so far, common beginnings stand once."""
+"""Packing: nothing lost, nothing cut, every token sees exactly its own sequence so far, beginnings are shared."""
 
 import torch
 from hypothesis import given

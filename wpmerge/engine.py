@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -137,8 +137,19 @@ class Engine:
         *,
         attention_out: Float[Tensor, "U T D"] | None = None,
         mlp_out: Float[Tensor, "U T D"] | None = None,
+        places: Int[Tensor, " N"] | None = None,
     ) -> Float[Tensor, "U T D"]:
-        """Run one decoder layer; ``attention_out`` and ``mlp_out``, where given, stand for what the blocks write."""
+        """Run one decoder layer.
+
+        Args:
+            index: which.
+            weights: its weights, names relative to it.
+            hidden: the residual stream that enters.
+            call: how transformers calls it, from :class:`Entry`.
+            attention_out: what attention writes, instead of running it.
+            mlp_out: what the MLP writes, instead of running it.
+            places: run the MLP on these tokens only, because nothing else of the output will be used.
+        """
         module = self._layers[index]
         arch = self.layout.arch
         with ExitStack() as stack:
@@ -147,6 +158,9 @@ class Engine:
                 stack.enter_context(_forward_as(block, lambda *_, **__: (attention_out, None)))
             if mlp_out is not None:
                 stack.enter_context(_forward_as(module.get_submodule(arch.mlp), lambda *_, **__: mlp_out))
+            elif places is not None:
+                mlp = module.get_submodule(arch.mlp)
+                stack.enter_context(_forward_as(mlp, lambda rows: _on_places(mlp, rows, places)))
             return _first(functional_call(module, weights, (hidden, *call[0]), call[1]))
 
     def layer_with_taps(
@@ -298,6 +312,12 @@ def _forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
         yield
     finally:
         del module.forward
+
+
+def _on_places(module: nn.Module, hidden: Float[Tensor, "U T D"], places: Tensor) -> Float[Tensor, "U T D"]:
+    """A module that works token by token, on some tokens only; zero elsewhere."""
+    written: Tensor = type(module).forward(module, hidden[:, places])
+    return torch.zeros_like(hidden).index_copy(1, places.to(hidden.device), written)
 
 
 def _identity(value: Tensor) -> Tensor:

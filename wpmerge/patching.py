@@ -147,14 +147,15 @@ def _run_pass(
     states: dict[_Group, list[Tensor]] = {}
     for index in range(groups[0].layer, readout.layer + 1):
         weights = base.layer(index)
+        read = [readout.places(row).unique() if index == readout.layer else None for row in rows]
         for held in states.values():
             for number, entry in enumerate(run.entries):
-                held[number] = engine.layer(index, weights, held[number], entry.calls[index])
+                held[number] = engine.layer(index, weights, held[number], entry.calls[index], places=read[number])
         entering = [group for group in groups if group.layer == index]
         if entering:
             source = expert.layer(index)
             for group in entering:
-                states[group] = [_enter(engine, group, weights, source, run, number) for number in range(len(rows))]
+                states[group] = [_enter(engine, group, weights, source, run, n, read[n]) for n in range(len(rows))]
     outer = base.outer()
     for group, held in states.items():
         values = read_states(engine, outer, rows, readout, held)
@@ -162,7 +163,7 @@ def _run_pass(
 
 
 def _enter(
-    engine: Engine, group: _Group, weights: Weights, source: Weights, run: Trace, number: int
+    engine: Engine, group: _Group, weights: Weights, source: Weights, run: Trace, number: int, places: Tensor | None
 ) -> Float[Tensor, "U T D"]:
     """The residual stream after the units' own layer: first of the untouched copy, then of each unit."""
     index, hidden, call = group.layer, run.hidden[number][group.layer], run.entries[number].calls[group.layer]
@@ -171,7 +172,7 @@ def _enter(
         terms = _head_terms(engine, group, weights, source, taps)
         terms = torch.cat([torch.zeros_like(terms[:1]), terms])
         copies = hidden.expand(len(terms), -1, -1)
-        return engine.layer(index, weights, copies, call, attention_out=taps.attention_out + terms)
+        return engine.layer(index, weights, copies, call, attention_out=taps.attention_out + terms, places=places)
     patched = [output]
     neurons = [unit for unit in group.units if unit.kind == "neuron"]
     if neurons:
