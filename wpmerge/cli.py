@@ -130,7 +130,7 @@ def score(
 ) -> None:
     """Score every unit of every expert: which modules carry which skill."""
     console.set_up(verbose=verbose)
-    experts = options.named("--expert", expert)
+    experts = options.expert_names(options.named("--expert", expert))
     capabilities = options.named("--capability", capability, form="NAME=SPEC")
     readouts = options.all_of("--readout", readout, READOUTS)
     kinds = options.all_of("--kind", kind or KINDS, KINDS)
@@ -222,11 +222,14 @@ def fuse(
     scales = options.scales(scale or [])
     inputs = options.named("--model", model or [])
     shard_bytes = options.byte_size("--shard-size", shard_size)
+    written_dtype = options.torch_dtype("--dtype", dtype)
+    chosen_rule = options.one_of("--rule", rule, RULES)
+    level = None if granularity is None else options.one_of("--granularity", granularity, GRANULARITIES)
     from wpmerge import fusing, summaries
 
     settings = fusing.FuseSettings(
-        rule=options.one_of("--rule", rule, RULES),
-        granularity=None if granularity is None else options.one_of("--granularity", granularity, GRANULARITIES),
+        rule=chosen_rule,
+        granularity=level,
         scales=scales,
         power=power,
         density=density,
@@ -241,7 +244,7 @@ def fuse(
             settings=settings,
             models=inputs,
             plan_only=plan_only,
-            dtype=options.torch_dtype("--dtype", dtype),
+            dtype=written_dtype,
             shard_bytes=shard_bytes,
             threads=threads,
             overwrite=overwrite,

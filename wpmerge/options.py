@@ -59,6 +59,7 @@ Inputs = Annotated[
     ),
 ]
 
+_EXPERT_NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 
@@ -80,6 +81,22 @@ def named(option: str, values: Sequence[str], *, form: str = "NAME=PATH") -> dic
             )
         found[name] = value
     return found
+
+
+def expert_names(experts: Mapping[str, str]) -> Mapping[str, str]:
+    """The experts, if their names can stand in files and plans.
+
+    Raises:
+        WpmergeError: a name with other characters, or the base's.
+    """
+    for name in experts:
+        if name == "base" or not _EXPERT_NAME.fullmatch(name):
+            raise WpmergeError(
+                "--expert has a name that no expert may bear",
+                got=repr(name),
+                expected="letters, digits, '_', '.', '-', beginning with a letter or digit; not base",
+            )
+    return experts
 
 
 def models_by_name(values: Sequence[str], *, what: str) -> dict[str, str]:
