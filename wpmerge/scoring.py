@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -24,7 +26,7 @@ from wpmerge.capability import Capability, load_capability, reference_sequences
 from wpmerge.errors import AnchorError, CapabilityError
 from wpmerge.gradients import integrated
 from wpmerge.models import Family, continuations, open_family
-from wpmerge.output import check_output, output_directory, write_file
+from wpmerge.output import check_output, check_space, output_directory, write_file
 from wpmerge.plan import input_model
 from wpmerge.readouts import LogProbReadout, Readout, measure
 from wpmerge.rows import Row, pack
@@ -40,6 +42,9 @@ from wpmerge.screening import verify
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, units of it done, and units in all."""
+
+NAME = re.compile(r"(?!base$)[A-Za-z0-9][\w.-]*", re.ASCII)
+"""Of experts and capabilities: "/" and "@" part the keys of arrays, pieces are files, and plans name the base so."""
 
 LEAST_GAP_T = 2.0
 """A gap whose t-statistic over prompts is below this may be no gap."""
@@ -136,10 +141,13 @@ def score(
     tell: Progress = progress or (lambda *_: None)
     loaded = {name: load_capability(name, spec) for name, spec in capabilities.items()}
     _check_names(experts, loaded)
-    check_output(out, inputs=[], overwrite=overwrite)
+    _check_readouts(settings)
+    files = [path for spec in capabilities.values() if (path := Path(spec)).is_file()]
+    check_output(out, inputs=files, overwrite=overwrite)
     tell("opening models", 0, 1)
     family = open_family(base, experts, device=device, resident=resident, trust_remote_code=trust_remote_code)
-    inputs = [family.base.path, *(expert.path for expert in family.experts.values())]
+    inputs = [family.base.path, *(expert.path for expert in family.experts.values()), *files]
+    check_space(out, total=_bytes(family, loaded, settings))
     fingerprint = _fingerprint(family, loaded, settings)
     with output_directory(out, inputs=inputs, overwrite=overwrite, fingerprint=fingerprint) as staging:
         pieces = _Pieces(staging / "pieces")
@@ -170,7 +178,27 @@ def score(
     return scores
 
 
+def _bytes(family: Family, capabilities: Mapping[str, Capability], settings: ScoreSettings) -> int:
+    """What the arrays need on disk: float32 in the artifact, and the float32 pieces of an unfinished run beside it."""
+    units = sum(math.prod(family.layout.shape(kind)) for kind in settings.kinds if kind in family.layout.counts)
+    estimates = len(family.experts) if settings.cross else 1
+    arrays = len(capabilities) * len(settings.readouts) * (estimates + bool(settings.integrated_points))
+    return 2 * 4 * units * arrays
+
+
+def _check_readouts(settings: ScoreSettings) -> None:
+    if "divergence" in settings.readouts:
+        raise CapabilityError("the readout divergence is not served here", expected="reference or anchor")
+
+
 def _check_names(experts: Mapping[str, str], capabilities: Mapping[str, Capability]) -> None:
+    for name in (*experts, *capabilities):
+        if not NAME.fullmatch(name):
+            raise CapabilityError(
+                "this cannot be used as a name: names are parts of keys and of file names",
+                got=repr(name),
+                expected="letters, digits, '_', '.', '-', beginning with a letter or digit; not base",
+            )
     for name in experts:
         if name not in capabilities:
             raise CapabilityError(
@@ -194,6 +222,9 @@ def _fingerprint(family: Family, capabilities: Mapping[str, Capability], setting
         "base": family.base.content_hash(),
         "experts": {name: expert.content_hash() for name, expert in family.experts.items()},
         "capabilities": {name: capability.content_hash() for name, capability in capabilities.items()},
+        # what tokenizer and chat template make of the prompts, and what no weight shows
+        "tokens": [family.chat.prompt_tokens(prompt.prompt) for c in capabilities.values() for prompt in c.prompts],
+        "config": family.base.config,
         "settings": repr(settings),
         "version": version("wpmerge"),
     }
@@ -251,7 +282,7 @@ def _score_readout(
     def estimate() -> dict[str, Tensor]:
         found = _linear_in_parts(family, scored, reading, settings, lambda n, of: tell(f"{label}: linear", n, of))
         return {
-            f"linear/{label}/{expert}/{kind}": array / gap
+            f"linear/{label}/{expert}/{kind}": (array / gap).float()
             for expert, arrays in zip(scored, found, strict=True)
             for kind, array in arrays.items()
         }
@@ -276,7 +307,7 @@ def _score_readout(
         shares, residual = integrated(
             engine, base, family.weights[own], reading.rows, reading.readout, points=settings.integrated_points
         )
-        arrays |= {f"integrated/{label}/{own}/{kind}": array / gap for kind, array in shares.items()}
+        arrays |= {f"integrated/{label}/{own}/{kind}": (array / gap).float() for kind, array in shares.items()}
         record["integrated_residual"] = residual / gap
     if settings.top or settings.sample:
         record |= pieces.record(f"verify-{label}", lambda: _verify(family, case, anchor, label, settings, tell))
@@ -327,7 +358,7 @@ def _gap(
     change = after - before
     gap = float(change.mean())
     t = gap / max(float(change.std() / len(change) ** 0.5), 1e-12)
-    if gap == 0.0 or (t < LEAST_GAP_T and not accept):
+    if gap == 0.0 or not math.isfinite(gap) or (t < LEAST_GAP_T and not accept):
         raise AnchorError(
             "the expert does not show this capability more strongly than the base",
             where=label,
@@ -396,6 +427,7 @@ def _verify(
         reading.rows,
         reading.readout,
         gap=float(values[1] - values[0]),
+        kinds=settings.kinds,
         top=settings.top,
         sample=settings.sample,
         seed=settings.seed,

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wpmerge.arch import Kind, Layout, Unit
+from wpmerge.arch import KINDS, Kind, Layout, Unit
 from wpmerge.attribution import UnitArrays, linear
 from wpmerge.engine import Engine
 from wpmerge.patching import exact
@@ -46,6 +46,7 @@ def verify(
     top: int,
     sample: int,
     seed: int,
+    kinds: Sequence[Kind] = KINDS,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[Kind, Verification], float]:
     """Replace each kind's strongest units, and a random sample of the others, and compare with the linear estimate.
@@ -62,6 +63,7 @@ def verify(
         top: units per kind, by |estimate|.
         sample: units per kind drawn from the rest.
         seed: of the draw.
+        kinds: unit kinds to verify.
         progress: called with units done and in all.
 
     Returns:
@@ -69,7 +71,7 @@ def verify(
         in another batch and packing.
     """
     layout = engine.layout
-    (screen,) = linear(engine, base, [expert], rows, readout)
+    (screen,) = linear(engine, base, [expert], rows, readout, kinds=kinds)
     chosen = {
         kind: choose_units(layout, kind, array, top=top, sample=sample, seed=seed) for kind, array in screen.items()
     }
