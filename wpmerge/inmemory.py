@@ -62,6 +62,7 @@ def models_to_evaluate(
             expected="hf",
             mend="write the merge with wpmerge fuse, and evaluate that",
         )
+    check_plan_inputs(inputs, [Path(path) for path in plans.values()])
     opened = {name: _plan_loader(Path(path), inputs, settings, trust_remote_code) for name, path in plans.items()}
     return found | opened
 
