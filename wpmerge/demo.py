@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -13,15 +13,13 @@ from wpmerge.evaluate import evaluate
 from wpmerge.evaluation import Evaluation, Skill
 from wpmerge.fusing import FuseSettings, fuse
 from wpmerge.harness import HarnessSettings
-from wpmerge.merge import merged_state_dict, open_inputs
-from wpmerge.models import load_tokenizer
+from wpmerge.inmemory import models_to_evaluate
 from wpmerge.output import check_output
-from wpmerge.plan import BASE, Plan
 from wpmerge.scores import Scores
 from wpmerge.scoring import Progress, ScoreSettings, score
 
 SCORE = ScoreSettings(prompts=48, held_out=24, top=8, sample=16)
-EVALUATIONS = 40
+EVALUATIONS = 24
 MAX_GEN_TOKENS = 96
 TASK = "demo"
 METRIC = f"{TASK}/inst_level_strict_acc"
@@ -113,13 +111,12 @@ def run_demo(out: Path | None = None, *, progress: Progress | None = None) -> De
     settings = FuseSettings(rule="uniform", evaluations=EVALUATIONS)
     uniform = fuse(out / "scores", out / "uniform", settings=settings, plan_only=True, progress=progress)
     fused = fuse(out / "scores", out / "merged", settings=FuseSettings(evaluations=EVALUATIONS), progress=progress)
+    harness = HarnessSettings(batch_size=64, max_gen_tokens=MAX_GEN_TOKENS, dtype="float32")
+    on_disk = {"base": str(family / "base"), **experts}
+    uniform_only = {"uniform": str(out / "uniform")}  # a plan without weights, merged in memory
+    models = models_to_evaluate(on_disk, uniform_only, base="base", inputs={}, settings=harness)
     evaluation = evaluate(
-        {
-            "base": str(family / "base"),
-            **experts,
-            "uniform": merge_in_memory(uniform.plan),
-            "fused": str(out / "merged"),
-        },
+        models | {"fused": str(out / "merged")},
         out=out / "evaluation",
         tasks=(TASK,),
         task_data={TASK: family / "eval.jsonl"},
@@ -129,7 +126,7 @@ def run_demo(out: Path | None = None, *, progress: Progress | None = None) -> De
             for e, ids in instructions.items()
             for name in ids
         },
-        settings=HarnessSettings(batch_size=64, max_gen_tokens=MAX_GEN_TOKENS, dtype="float32"),
+        settings=harness,
         progress=None if progress is None else lambda name, done, total: progress(f"evaluating {name}", done, total),
     )
     return DemoResult(
@@ -140,29 +137,6 @@ def run_demo(out: Path | None = None, *, progress: Progress | None = None) -> De
         instructions=instructions,
         seconds=time.monotonic() - started,
     )
-
-
-def merge_in_memory(plan: Plan, models: Mapping[str, str] | None = None) -> Callable[[], tuple[Any, Any]]:
-    """A function that makes a plan's merge in memory when it is called: transformers' model, and the tokenizer.
-
-    Args:
-        plan: the merge.
-        models: where its inputs live now, by name.
-    """
-
-    def load() -> tuple[Any, Any]:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        checkpoints = open_inputs(plan, models)
-        tensors = merged_state_dict(plan, checkpoints)
-        base = checkpoints[BASE]
-        config = AutoConfig.from_pretrained(base.path, local_files_only=True)
-        model = AutoModelForCausalLM.from_config(config)
-        model.load_state_dict(tensors, strict=False)
-        model.tie_weights()
-        return model.eval(), load_tokenizer(base.path)
-
-    return load
 
 
 def _free_name(wanted: Path) -> Path:

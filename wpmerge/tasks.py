@@ -114,11 +114,12 @@ def _description() -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep lm-eval's log lines and progress bars off stderr, its errors still show; describe the machine once, which
-    lm-eval does for every model at a second each."""
+    lm-eval does for every model at a second each; and do not ask git about the user's directory."""
+    evaluator: Any = importlib.import_module("lm_eval.evaluator")
     tqdm = importlib.import_module("tqdm").tqdm
     machine: Any = importlib.import_module("torch.utils.collect_env")
     logger, original, describe = logging.getLogger("lm_eval"), tqdm.__init__, machine.get_pretty_env_info
-    level = logger.level
+    level, commit_hash = logger.level, evaluator.get_git_commit_hash
 
     def silent(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **{**kwargs, "disable": True})
@@ -126,10 +127,12 @@ def quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     tqdm.__init__ = silent
     machine.get_pretty_env_info = _description
+    evaluator.get_git_commit_hash = lambda: None
     try:
         yield
     finally:
         tqdm.__init__, machine.get_pretty_env_info = original, describe
+        evaluator.get_git_commit_hash = commit_hash
         logger.setLevel(level)
 
 
