@@ -5,7 +5,8 @@ from checkpoints import CONFIG, LAYERS, family, llama_shapes, random_weights, wr
 
 from wpmerge.checkpoint import open_checkpoint
 from wpmerge.errors import RecipeError
-from wpmerge.yaml_recipe import read_yaml_recipe, recipe_jobs
+from wpmerge.recipe_jobs import recipe_jobs
+from wpmerge.yaml_recipe import read_yaml_recipe
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_linear(tmp_path, document, checkpoints):
         ({"merge_method": "slerp"}, "merge_method slerp is not supported"),
         ({"base_model": None}, "needs a base_model"),
         ({"base_modell": "x"}, "base_modell: Extra inputs"),
-        ({"slices": []}, "slices in a recipe are not supported"),
+        ({"slices": []}, "slices: List should have at least 1"),
         ({"modules": {}}, "modules in a recipe are not supported"),
         ({"chat_template": "auto"}, "chat_template in a recipe are not supported"),
         ({"tokenizer_source": "union"}, "tokenizer_source union"),
@@ -164,9 +165,8 @@ def test_the_bases_own_weight_is_refused_and_the_base_itself_is_not(tmp_path, do
         resolve(tmp_path, document, checkpoints)
 
 
-def test_what_is_read_otherwise_is_said(tmp_path, document, caplog):
+def test_what_is_read_otherwise_is_said(tmp_path, document, checkpoints, caplog):
     document |= {"dtype": "bfloat16", "parameters": {"int8_mask": True}}
-    (tmp_path / "r.yml").write_text(yaml.safe_dump(document))
-    read_yaml_recipe(tmp_path / "r.yml")
+    resolve(tmp_path, document, checkpoints)
     assert "int8_mask is ignored" in caplog.text
     assert "computed in float32" in caplog.text

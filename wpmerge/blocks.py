@@ -19,7 +19,7 @@ from wpmerge.checkpoint import Checkpoint
 from wpmerge.errors import RecipeError
 from wpmerge.operators import fill_random_mask
 from wpmerge.plan import Coefficient
-from wpmerge.selection import SAMPLE, Selector, Threshold, kept_count, threshold_of
+from wpmerge.selection import SAMPLE, Magnitudes, Selector, Threshold, kept_count, threshold_of
 from wpmerge.shards import OutputTensor
 from wpmerge.tensorfile import check_finite
 from wpmerge.workspace import Workspace
@@ -187,7 +187,7 @@ class _Factor:
         """``block`` times the coefficient, in place."""
         values, axis = self.coefficient.values, self.coefficient.axis
         if axis is None:
-            number = float(values)
+            number = values.item()
             if number != 1:
                 block.mul_(number)
             return
@@ -240,23 +240,24 @@ def _trims(job: Job, work: Workspace) -> list[_Trim | None]:
     assert job.base is not None
     numel = math.prod(job.output.shape)
     found: list[_Trim | None] = [None] * len(job.terms)
-    searches: dict[int, Selector] = {}
+    wanted: dict[int, int] = {}
     for i, term in enumerate(job.terms):
         keep = kept_count(term.density, numel)
         if not 0 < keep < numel:
             continue
         if numel <= min(BLOCK_ELEMENTS, SAMPLE):
-            magnitudes = _magnitudes(job, term, work, work.floats("base", *job.base, 0, numel), 0, numel)
+            magnitudes = _magnitudes(term, work, work.floats("base", *job.base, 0, numel), 0, numel)
             found[i] = _Trim(threshold_of(magnitudes, keep))
             continue
-        searches[i] = Selector(keep, _sample(job, term, work, numel))
-        searches[i].begin(numel)
+        wanted[i] = keep
+    samples = _samples(job, work, numel, list(wanted)) if wanted else {}
+    searches = {i: Selector(keep, samples[i], numel) for i, keep in wanted.items()}
     while searches:
         for start, stop in blocks(job.output.shape):
             base = work.floats("base", *job.base, start, stop)
-            scratch = work.mask("equal", stop - start).numpy()
+            scratch, spare = (work.mask(slot, stop - start).numpy() for slot in ("equal", "spare"))
             for i, search in searches.items():
-                search.see(_magnitudes(job, job.terms[i], work, base, start, stop), scratch)
+                search.see(_magnitudes(job.terms[i], work, base, start, stop), scratch, spare)
         for i, search in list(searches.items()):
             if (threshold := search.end_pass()) is not None:
                 found[i] = _Trim(threshold)
@@ -264,22 +265,23 @@ def _trims(job: Job, work: Workspace) -> list[_Trim | None]:
     return found
 
 
-def _magnitudes(
-    job: Job, term: Term, work: Workspace, base: Float[Tensor, " n"], start: int, stop: int
-) -> "np.ndarray[tuple[int], np.dtype[np.float32]]":
+def _magnitudes(term: Term, work: Workspace, base: Float[Tensor, " n"], start: int, stop: int) -> Magnitudes:
     delta = work.floats("magnitudes", term.checkpoint, term.tensor, start, stop)
-    return delta.sub_(base).abs_().numpy()
+    found: Magnitudes = delta.sub_(base).abs_().numpy()
+    return found
 
 
-def _sample(job: Job, term: Term, work: Workspace, numel: int) -> "np.ndarray[tuple[int], np.dtype[np.float32]]":
+def _samples(job: Job, work: Workspace, numel: int, wanted: Sequence[int]) -> dict[int, Magnitudes]:
     """Magnitudes from short runs spread over the tensor at uneven distances, so that no column is favoured."""
     assert job.base is not None
-    runs, parts = SAMPLE // _RUN, []
-    for i in range(runs):
-        start = int((i + i * 0.6180339887 % 1) / runs * (numel - _RUN))
+    runs = SAMPLE // _RUN
+    parts: dict[int, list[Magnitudes]] = {i: [] for i in wanted}
+    for number in range(runs):
+        start = int((number + number * 0.6180339887 % 1) / runs * (numel - _RUN))
         base = work.floats("base", *job.base, start, start + _RUN)
-        parts.append(_magnitudes(job, term, work, base, start, start + _RUN).copy())
-    return np.concatenate(parts)
+        for i, found in parts.items():
+            found.append(_magnitudes(job.terms[i], work, base, start, start + _RUN).copy())
+    return {i: np.concatenate(found) for i, found in parts.items()}
 
 
 def _drop(delta: Float[Tensor, " n"], term: Term, work: Workspace, start: int, *, rescale: bool) -> None:

@@ -21,7 +21,8 @@ from wpmerge.plan import BASE, Plan, check_plan
 from wpmerge.recipe import recipe_text
 from wpmerge.shards import OutputTensor, Shard, index_json, layout_shards
 from wpmerge.streaming import Job, Progress, Term, job_dtype, merge_jobs, merge_tensor
-from wpmerge.yaml_recipe import read_yaml_recipe, recipe_jobs
+from wpmerge.recipe_jobs import recipe_jobs
+from wpmerge.yaml_recipe import read_yaml_recipe
 
 SHARD_BYTES = 5 * 10**9
 OTHER_BYTES = 2**20  # configuration, plan, recipe and card, generously
@@ -208,8 +209,7 @@ def merge_recipe(
     The other arguments and errors are those of :func:`merge`.
     """
     recipe = read_yaml_recipe(path)
-    names = [model.model for model in recipe.models]
-    names = [recipe.base_model, *(name for name in names if name != recipe.base_model)] if recipe.base_model else names
+    names = recipe.model_names()
     checkpoints: dict[str, Checkpoint] = {}
     for name in names:
         whole, _, adapter = name.partition("+")
@@ -226,7 +226,7 @@ def merge_recipe(
     def add_papers(directory: Path) -> None:
         text = path.read_text(encoding="utf-8")
         write_file(directory / "recipe.yml", text)
-        summary = f"A merge of {len(recipe.models)} models by `{recipe.merge_method}`."
+        summary = f"A merge of {len(names)} models by `{recipe.merge_method}`."
         card = model_card(
             name=out.name,
             base=made.donor,

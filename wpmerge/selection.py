@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 Magnitudes = NDArray[np.float32]
 
-SAMPLE = 2**16
+SAMPLE = 2**15
 KEPT_INSIDE = 2**21  # values kept in one pass: 8 MiB
 _GUIDED_PASSES = 3  # after these, bisection alone
 
@@ -41,25 +41,20 @@ class Selector:
     """The search for one threshold: :meth:`see` every block once, then :meth:`end_pass`, until that gives the answer.
 
     Args:
-        keep: how many are kept, at least 1 and at most as many as will be seen in a pass.
+        keep: how many are kept, at least 1 and at most ``numel``.
         sample: some of the magnitudes; a good one saves passes, a bad one changes nothing else.
+        numel: how many will be seen in a pass.
     """
 
-    def __init__(self, keep: int, sample: Magnitudes) -> None:
+    def __init__(self, keep: int, sample: Magnitudes, numel: int) -> None:
         self._keep, self._passes = keep, 0
         self._floor, self._ceiling = np.float32(0), np.float32(np.inf)  # the answer lies in [floor, ceiling]
-        self._low, self._high = self._floor, self._ceiling  # the bracket of this pass
-        self._sample = sample
-
-    def begin(self, numel: int) -> None:
-        """Set the first bracket for a stream of ``numel`` magnitudes, and forget the sample."""
-        self._from_floor = numel  # how many are >= floor
-        self._over_ceiling = 0  # how many are > ceiling
-        self._bracket(self._sample, self._keep / numel)
+        self._from_floor, self._over_ceiling = numel, 0  # how many are >= floor, how many > ceiling
+        self._bracket(sample, keep / numel)
         self._reset()
 
-    def see(self, magnitudes: Magnitudes, scratch: NDArray[np.bool_]) -> None:
-        """Take in a block; ``scratch`` is as long as it."""
+    def see(self, magnitudes: Magnitudes, scratch: NDArray[np.bool_], spare: NDArray[np.bool_]) -> None:
+        """Take in a block; ``scratch`` and ``spare`` are as long as it."""
         over = _count(np.greater(magnitudes, self._high, out=scratch))
         from_high = _count(np.greater_equal(magnitudes, self._high, out=scratch))
         self._over_high += over
@@ -72,8 +67,8 @@ class Selector:
         if over_low == from_high or self._kept + over_low - from_high > KEPT_INSIDE:
             self._complete &= over_low == from_high
             return
+        np.logical_and(scratch, np.less(magnitudes, self._high, out=spare), out=scratch)
         inside = magnitudes[scratch]
-        inside = inside[inside < self._high]
         self._inside.append(inside)
         self._kept += len(inside)
 

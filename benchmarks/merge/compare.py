@@ -170,7 +170,9 @@ def against_bound(work: Path, models: list[Path], repeats: int, threads: int) ->
 def hardware() -> dict[str, Any]:
     """The machine, the versions and the commit."""
     processor = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=HERE)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=HERE
+    )
     return {
         "processor": processor[0].split(":")[1].strip() if processor else platform.processor(),
         "cores": os.cpu_count(),
@@ -187,7 +189,7 @@ def main() -> None:
     """Make the models, run everything, print the last line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="a model of 60 million parameters")
-    parser.add_argument("--repeats", type=int, default=5, help="of ours; mergekit runs 3 and 1 times")
+    parser.add_argument("--repeats", type=int, default=5, help="of ours; mergekit runs twice, and once for TIES")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--skip-ties", action="store_true")
     parser.add_argument("--skip-double", action="store_true")
@@ -202,7 +204,7 @@ def main() -> None:
         result["start"] = race(work, tiny, "task_arithmetic", ours=3, theirs=2, threads=arguments.threads)
         result["bound"] = against_bound(work, models, arguments.repeats, arguments.threads)
         print("bound", json.dumps(result["bound"]), file=sys.stderr, flush=True)
-        methods = {"task_arithmetic": min(3, arguments.repeats)} | ({} if arguments.skip_ties else {"ties": 1})
+        methods = {"task_arithmetic": min(2, arguments.repeats)} | ({} if arguments.skip_ties else {"ties": 1})
         for method, theirs in methods.items():
             result[method] = race(
                 work, models, method, ours=arguments.repeats, theirs=theirs, threads=arguments.threads
