@@ -93,10 +93,10 @@ def score(
     reference_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest reference, tokens.")] = 48,
     top_k: Annotated[
         int, typer.Option(metavar="N", min=0, help="Strongest units of each kind to verify by exact patching.")
-    ] = 64,
+    ] = 32,
     random_sample: Annotated[
         int, typer.Option(metavar="N", min=0, help="Random other units of each kind to verify.")
-    ] = 128,
+    ] = 64,
     verify_prompts: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts per capability to verify on.")] = 4,
     kind: Annotated[
         list[str] | None,

@@ -39,7 +39,7 @@ def exact(
     units: Sequence[Unit],
     *,
     batch_tokens: int = 4096,
-    held_bytes: int = 1 << 29,
+    held_bytes: int = 1 << 27,
     progress: Callable[[int], None] | None = None,
 ) -> Float[Tensor, "units items"]:
     """F(base with u from the expert) − F(base), per item, for each of ``units``.

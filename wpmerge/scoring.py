@@ -75,8 +75,8 @@ class ScoreSettings:
     prompts: int = 32
     held_out: int = 16
     reference_tokens: int = 48
-    top: int = 64
-    sample: int = 128
+    top: int = 32
+    sample: int = 64
     verify_prompts: int = 4
     kinds: tuple[Kind, ...] = KINDS
     cross: bool = True
