@@ -130,7 +130,7 @@ def evaluate(
         **chosen,
     )
     found = inmemory.models_to_evaluate(
-        models, plans, base=base, inputs=places, settings=settings, trust_remote_code=trust_remote_code
+        models, plans, base=base or reference, inputs=places, settings=settings, trust_remote_code=trust_remote_code
     )
     with console.reporting() as report:
         result = run(
