@@ -237,6 +237,17 @@ def test_packing_and_streaming_do_not_move_scores(disk: Disk, scores: Scores) ->
         assert drift(scores, found) <= limit, name
 
 
+def test_prompts_that_do_not_fit_into_memory_together_add_up(
+    disk: Disk, scores: Scores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wpmerge.scoring.HELD_BYTES", 1)
+    steps: list[tuple[str, int, int]] = []
+    settings = dataclasses.replace(QUICK, tokens_per_row=30)
+    found = disk.score("groups", settings, progress=lambda *told: steps.append(told))
+    assert max(of for what, _, of in steps if what == "e0: linear") > 1
+    assert drift(scores, found) <= 3
+
+
 def test_prompt_order_does_not_move_scores(disk: Disk, scores: Scores) -> None:
     """The same prompts in other places of the file, but so that the same ones are drawn for scoring."""
     capabilities = {}
