@@ -110,7 +110,8 @@ def test_the_directory_is_a_model_with_its_papers(tmp_path):
     merge(plan, checkpoints, tmp_path / "out")
     found = contents(tmp_path / "out")
     assert set(found) == {
-        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "plan.json",
+        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "merge.json", "model.safetensors",
+        "plan.json",
         "plan.safetensors", "recipe.yml", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -415,7 +416,7 @@ def test_recipes_are_merged_without_mergekit(tmp_path):
     [
         (lambda r, m: r["models"][0].update(model=str(m["base"].parent / "absent")), "no such checkpoint"),
         (lambda r, m: r["models"][0]["parameters"].update(weight=float("nan")), "no finite number"),
-        (lambda r, m: r.update(merge_method="ties"), "ties is not supported"),
+        (lambda r, m: r.update(merge_method="slerp"), "slerp is not supported"),
         (lambda r, m: truncate(m), "the file ends before"),
         (lambda r, m: put(float("nan"))(m), "not finite"),
         (lambda r, m: other_tokens(m), "token 'a' has id 0"),

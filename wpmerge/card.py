@@ -9,9 +9,23 @@ import yaml
 from wpmerge.checkpoint import Checkpoint
 from wpmerge.plan import Plan
 
+_OPERATIONS = {
+    "task_arithmetic": "Σ coefficient · (expert - base)",
+    "ties": "TIES of coefficient · (expert - base)",
+    "dare_linear": "Σ coefficient · DARE(expert - base)",
+    "dare_ties": "TIES of coefficient · DARE(expert - base)",
+}
+
 
 def model_card(
-    *, name: str, base: Checkpoint | None, models: Sequence[str], summary: str, recipe: str, version: str
+    *,
+    name: str,
+    base: Checkpoint | None,
+    models: Sequence[str],
+    summary: str,
+    recipe: str,
+    version: str,
+    record: str = "",
 ) -> str:
     """A ``README.md``.
 
@@ -22,6 +36,7 @@ def model_card(
         summary: what was done, in Markdown.
         recipe: the YAML recipe.
         version: of wpmerge.
+        record: SHA-256 of ``merge.json``, which holds the checksum of every tensor.
     """
     front: dict[str, Any] = {
         "base_model": list(models),
@@ -32,6 +47,8 @@ def model_card(
     }
     if base and (license_ := front_matter(base.path).get("license")):
         front["license"] = license_
+    if record:
+        front["wpmerge_record"] = f"sha256:{record}"
     fence = "```"
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n"
@@ -43,7 +60,7 @@ def plan_summary(plan: Plan) -> str:
     """What a plan did, in Markdown: the rule, and each expert with the range of its coefficients."""
     lines = [
         f"A merge of {len(plan.experts)} experts into `{plan.base.source}`, rule `{plan.rule}`, "
-        f"granularity `{plan.granularity}`: merged = base + Σ coefficient · (expert - base), tensor by tensor.",
+        f"granularity `{plan.granularity}`: merged = base + {_OPERATIONS[plan.operator.method]}, tensor by tensor.",
         "",
         "| expert | model | coefficients: least | mean over tensors | greatest |",
         "|---|---|---|---|---|",

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 SAMPLE_BYTES = 4096
 COMPARE_ELEMENTS = 2**20
-_HEADS = ("lm_head.weight", "embed_out.weight")
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
+HEADS = ("lm_head.weight", "embed_out.weight")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 _TIED_BY_DEFAULT = frozenset({"gpt2", "gemma", "gemma2", "gemma3", "gemma3_text"})  # their classes' own default
 
 
@@ -37,6 +37,7 @@ class Checkpoint:
     Attributes:
         source: as the user gave it.
         path: the directory it lies in; an adapter's own directory where it is one.
+        tokenizer_path: the directory of its tokenizer.
         config: ``config.json``.
         tensors: where each tensor lies, sorted by name. A head tied to the embedding is not among them.
         tied: names stored twice, the left-out name -> the name in ``tensors``.
@@ -56,6 +57,7 @@ class Checkpoint:
         tied: Mapping[str, str],
     ) -> None:
         self.source, self.path, self.config, self.tied = source, path, config, tied
+        self.tokenizer_path = path
         self.tensors: Mapping[str, TensorInfo] = {name: tensors[name] for name in sorted(tensors)}
         self._files = files
 
@@ -185,8 +187,8 @@ def open_checkpoint(
 
 def _find_tied(whole: Checkpoint) -> dict[str, str]:
     """The head that is the embedding again, where the configuration ties them and both are stored."""
-    heads = [name for name in whole.tensors if name.endswith(_HEADS)]
-    embeddings = [name for name in whole.tensors if name.endswith(_EMBEDDINGS)]
+    heads = [name for name in whole.tensors if name.endswith(HEADS)]
+    embeddings = [name for name in whole.tensors if name.endswith(EMBEDDINGS)]
     if not is_tied(whole.config) or len(heads) != 1 or len(embeddings) != 1:
         return {}
     head, embedding = whole.tensors[heads[0]], whole.tensors[embeddings[0]]
@@ -249,7 +251,7 @@ def check_same_family(base: Checkpoint, expert: Checkpoint, *, name: str) -> Non
             differences.append(f"tensor {tensor} is not in the base")
         elif (ours := base.tensors[tensor].shape) != (theirs := expert.tensors[tensor].shape):
             differences.append(f"tensor {tensor} has shape {theirs}, the base's {ours}")
-    differences += tokenizer_differences(base.path, expert.path)
+    differences += tokenizer_differences(base.tokenizer_path, expert.tokenizer_path)
     if differences:
         more = f" ({len(differences)} differences in all)" if len(differences) > 1 else ""
         raise CheckpointError(

@@ -1,7 +1,7 @@
 """A checksum that is the same in whatever order, blocks and threads a tensor is written, at the speed of memory.
 
 dot64 of a tensor: its bytes in row-major order, padded with zeros to whole little-endian 64-bit words w_i, give
-Σ w_i · key(i mod 2^15) · odd(i div 2^15) mod 2^64, with key(i) = splitmix64(i) and odd(j) = 2 · splitmix64(2^32 + j) + 1
+Σ w_i · key(i mod 2^15) · odd(i div 2^15) mod 2^64, key(i) = splitmix64(i), odd(j) = 2 · splitmix64(2^32 + j) + 1
 (splitmix64: Steele, Lea and Flood 2014, figure 1, of seed i). It finds damage and mix-ups; it is no signature.
 """
 

@@ -149,8 +149,10 @@ def _read_shards(path: Path, index: Path) -> tuple[dict[Path, TensorFile], dict[
     return files, tensors
 
 
-def tokenizer_differences(base: Path, expert: Path) -> list[str]:
+def tokenizer_differences(base: Path, expert: Path, *, extended: bool = False) -> list[str]:
     """How the tokenizers in two directories differ, a sentence each.
+
+    With ``extended`` the expert's may have more tokens, and more merges after the base's.
 
     A directory without tokenizer files (an adapter's, often) is taken to share the other's.
     """
@@ -166,10 +168,11 @@ def tokenizer_differences(base: Path, expert: Path) -> list[str]:
         mine, other = (_token_ids(tokenizer) for tokenizer in tokenizers)
         found = [
             f"{file}: token {token!r} has id {other.get(token)}, in the base {mine.get(token)}"
-            for token in sorted({*mine, *other})
+            for token in sorted(mine if extended else {*mine, *other})
             if mine.get(token) != other.get(token)
         ]
-        if _merges(tokenizers[0]) != _merges(tokenizers[1]):
+        ours_, theirs_ = (_merges(tokenizer) for tokenizer in tokenizers)
+        if ours_ != (theirs_[: len(ours_)] if extended else theirs_):
             found.append(f"{file}: the merges differ")
         return found
     return []

@@ -1,57 +1,43 @@
 """Plan or recipe -> merged checkpoint, streamed block by block into a directory that appears only when it is whole."""
 
-import hashlib
-import json
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
 import wpmerge
+from wpmerge.blocks import Job, Term
 from wpmerge.card import model_card, plan_summary
 from wpmerge.checkpoint import Checkpoint, check_same_family, open_checkpoint
 from wpmerge.errors import RecipeError
-from wpmerge.output import check_output, check_space, output_directory, write_file
+from wpmerge.handover import merge_with_mergekit
+from wpmerge.output import check_output, write_file
 from wpmerge.plan import BASE, Plan, check_plan
 from wpmerge.recipe import recipe_text
-from wpmerge.shards import OutputTensor, Shard, index_json, layout_shards
-from wpmerge.streaming import Job, Progress, Term, job_dtype, merge_jobs, merge_tensor
-from wpmerge.recipe_jobs import recipe_jobs
-from wpmerge.yaml_recipe import read_yaml_recipe
+from wpmerge.recipe_jobs import RecipeJobs, recipe_jobs, tensor_seed
+from wpmerge.shards import OutputTensor
+from wpmerge.streaming import Progress, job_dtype, merge_tensor
+from wpmerge.vocabulary import Vocabulary, match_vocabulary
+from wpmerge.writing import MergeSummary, Writing, write_model
+from wpmerge.yaml_recipe import YamlRecipe, read_yaml_recipe
+
+__all__ = [
+    "SHARD_BYTES",
+    "MergeSummary",
+    "check_inputs",
+    "merge",
+    "merge_recipe",
+    "merged_state_dict",
+    "merged_tensor",
+    "open_inputs",
+    "open_recipe",
+    "plan_jobs",
+]
 
 SHARD_BYTES = 5 * 10**9
-OTHER_BYTES = 2**20  # configuration, plan, recipe and card, generously
-# What a model needs beside its weights, taken from the base.
-_COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "LICENSE",
-    "LICENSE.txt",
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MergeSummary:
-    """What a merge wrote: where, tensors, bytes of weights, files of weights, seconds."""
-
-    out: Path
-    tensors: int
-    nbytes: int
-    shards: int
-    seconds: float
 
 
 def open_inputs(
@@ -108,15 +94,23 @@ def plan_jobs(plan: Plan, checkpoints: Mapping[str, Checkpoint], *, dtype: torch
         checkpoints: the base under ``base``, each expert under its name.
         dtype: of the output; None keeps that of each of the base's tensors.
     """
-    base, jobs = checkpoints[BASE], []
+    base, jobs, operator = checkpoints[BASE], [], plan.operator
     for name, info in base.tensors.items():
         terms = tuple(
-            Term(checkpoint=checkpoints[expert], tensor=name, coefficient=plan.coefficients[expert][name])
-            for expert in plan.experts
+            Term(
+                checkpoint=checkpoints[expert],
+                tensor=name,
+                coefficient=plan.coefficients[expert][name],
+                density=operator.density,
+                seed=tensor_seed(operator.seed, i, name) if operator.method.startswith("dare") else 0,
+            )
+            for i, expert in enumerate(plan.experts)
             if info.dtype.is_floating_point
         )
         output = OutputTensor(name=name, shape=info.shape, dtype=job_dtype(info.dtype, dtype))
-        jobs.append(Job(output=output, base=(base, name), terms=terms))
+        jobs.append(
+            Job(output=output, base=(base, name), terms=terms, method=operator.method, normalize=operator.normalize)
+        )
     return jobs
 
 
@@ -146,9 +140,11 @@ def merge(
     threads: int = 1,
     overwrite: bool = False,
     sync: bool = True,
+    allow_nan: bool = False,
+    vocab: Vocabulary | None = None,
     progress: Progress | None = None,
 ) -> MergeSummary:
-    """Carry out a plan and write the merged checkpoint with plan, recipe and card.
+    """Carry out a plan and write the merged checkpoint with plan, recipe, record and card.
 
     Args:
         plan: what to do.
@@ -159,6 +155,8 @@ def merge(
         threads: blocks worked on at a time; the result is the same for any number.
         overwrite: replace an output that is already there, once the new one is whole.
         sync: bring the weights to disk before the directory takes its name.
+        allow_nan: let values pass that are not finite.
+        vocab: what to do where an expert's vocabulary is larger; see :func:`~wpmerge.vocabulary.match_vocabulary`.
         progress: called with bytes of weights written and in all.
 
     Raises:
@@ -166,26 +164,39 @@ def merge(
         CheckpointError: an input is damaged, not finite, or of another family.
         RecipeError: the plan does not fit its inputs.
     """
+    check_output(out, inputs=[model.path for model in checkpoints.values()], overwrite=overwrite)
+    checkpoints = match_vocabulary(checkpoints, BASE, vocab)
     inputs = list(checkpoints.values())
-    check_output(out, inputs=[model.path for model in inputs], overwrite=overwrite)
     check_inputs(plan, checkpoints)
+    recipe = recipe_text(plan, checkpoints)
+    models = [plan.base.source, *(expert.source for expert in plan.experts.values())]
 
-    def add_papers(directory: Path) -> None:
-        recipe = recipe_text(plan, checkpoints)
+    def papers(directory: Path, record: str) -> None:
         plan.save(directory)
         write_file(directory / "recipe.yml", recipe)
-        models = [plan.base.source, *(expert.source for expert in plan.experts.values())]
-        summary = plan_summary(plan)
         card = model_card(
-            name=out.name, base=inputs[0], models=models, summary=summary, recipe=recipe, version=wpmerge.__version__
+            name=out.name,
+            base=checkpoints[BASE],
+            models=models,
+            summary=plan_summary(plan),
+            recipe=recipe,
+            version=wpmerge.__version__,
+            record=record,
         )
         write_file(directory / "README.md", card)
 
-    jobs = plan_jobs(plan, checkpoints, dtype=dtype)
-    settings = _Settings(
-        shard_bytes=shard_bytes, dtype=dtype, threads=threads, overwrite=overwrite, sync=sync, progress=progress
+    writing = Writing(
+        shard_bytes=shard_bytes,
+        dtype=dtype,
+        threads=threads,
+        overwrite=overwrite,
+        sync=sync,
+        allow_nan=allow_nan,
+        progress=progress,
+        record={"from": "plan", "vocab": vocab},
     )
-    return _write(out, jobs, donor=checkpoints[BASE], inputs=inputs, add_papers=add_papers, settings=settings)
+    jobs = plan_jobs(plan, checkpoints, dtype=dtype)
+    return write_model(out, jobs, donor=checkpoints[BASE], inputs=inputs, papers=papers, writing=writing)
 
 
 def merge_recipe(
@@ -197,120 +208,108 @@ def merge_recipe(
     threads: int = 1,
     overwrite: bool = False,
     sync: bool = True,
+    allow_nan: bool = False,
+    vocab: Vocabulary | None = None,
+    seed: int = 0,
+    parity: Literal["mergekit"] | None = None,
+    engine: Literal["wpmerge", "mergekit"] = "wpmerge",
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> MergeSummary:
-    """Carry out a mergekit recipe; mergekit itself is not used.
+    """Carry out a mergekit recipe; mergekit itself is not used, unless it is asked for.
 
     Args:
         path: the recipe's file.
+        seed: of DARE.
+        parity: ``mergekit`` computes task arithmetic in mergekit's own steps and dtype, to the bit.
+        engine: ``mergekit`` hands the recipe over to it, whatever the recipe asks for; of the other arguments
+            ``shard_bytes``, ``overwrite``, ``seed`` and ``trust_remote_code`` are then used.
         trust_remote_code: see :func:`~wpmerge.checkpoint.open_checkpoint`.
 
     The other arguments and errors are those of :func:`merge`.
     """
+    if engine == "mergekit":
+        if dtype is not None or vocab is not None or allow_nan or parity is not None:
+            raise RecipeError("mergekit takes its settings from the recipe", got="dtype, vocab, allow_nan or parity")
+        return merge_with_mergekit(
+            path,
+            out,
+            shard_bytes=shard_bytes,
+            overwrite=overwrite,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+        )
     recipe = read_yaml_recipe(path)
     names = recipe.model_names()
-    checkpoints: dict[str, Checkpoint] = {}
-    for name in names:
-        whole, _, adapter = name.partition("+")
-        if whole not in checkpoints:
-            checkpoints[whole] = open_checkpoint(whole, trust_remote_code=trust_remote_code)
-        if adapter:
-            checkpoints[name] = open_checkpoint(adapter, base=checkpoints[whole], trust_remote_code=trust_remote_code)
-    inputs = list(checkpoints.values())
-    check_output(out, inputs=[path, *(model.path for model in inputs)], overwrite=overwrite)
-    for name, model in checkpoints.items():
-        check_same_family(inputs[0], model, name=name)
-    made = recipe_jobs(recipe, checkpoints, dtype=dtype, where=path)
+    checkpoints = open_recipe(recipe, trust_remote_code=trust_remote_code)
+    check_output(out, inputs=[path, *(model.path for model in checkpoints.values())], overwrite=overwrite)
+    made = jobs_of_recipe(recipe, checkpoints, path, dtype=dtype, vocab=vocab, seed=seed, parity=parity)
+    text = path.read_text(encoding="utf-8")
 
-    def add_papers(directory: Path) -> None:
-        text = path.read_text(encoding="utf-8")
+    def papers(directory: Path, record: str) -> None:
         write_file(directory / "recipe.yml", text)
-        summary = f"A merge of {len(names)} models by `{recipe.merge_method}`."
         card = model_card(
             name=out.name,
             base=made.donor,
             models=names,
-            summary=summary,
+            summary=f"A merge of {len(names)} models by `{recipe.merge_method}`.",
             recipe=text if text.endswith("\n") else text + "\n",
             version=wpmerge.__version__,
+            record=record,
         )
         write_file(directory / "README.md", card)
 
-    settings = _Settings(
-        shard_bytes=shard_bytes, dtype=made.dtype, threads=threads, overwrite=overwrite, sync=sync, progress=progress
+    writing = Writing(
+        shard_bytes=shard_bytes,
+        dtype=made.dtype,
+        threads=threads,
+        overwrite=overwrite,
+        sync=sync,
+        allow_nan=allow_nan,
+        progress=progress,
+        config=made.config,
+        record={"from": "recipe", "vocab": vocab, "seed": seed, "parity": parity},
     )
-    return _write(out, made.jobs, donor=made.donor, inputs=inputs, add_papers=add_papers, settings=settings)
+    inputs = list(checkpoints.values())
+    return write_model(out, made.jobs, donor=made.donor, inputs=inputs, papers=papers, writing=writing)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Settings:
-    shard_bytes: int
-    dtype: torch.dtype | None
-    threads: int
-    overwrite: bool
-    sync: bool
-    progress: Progress | None
+def open_recipe(
+    recipe: YamlRecipe, models: Mapping[str, str | Path] | None = None, *, trust_remote_code: bool = False
+) -> dict[str, Checkpoint]:
+    """Open every model of a recipe, by the name it uses, the base first; ``base+adapter`` opens both.
+
+    Args:
+        recipe: names the models.
+        models: other places, by the recipe's name.
+        trust_remote_code: see :func:`~wpmerge.checkpoint.open_checkpoint`.
+    """
+    checkpoints: dict[str, Checkpoint] = {}
+    models = models or {}
+    for name in recipe.model_names():
+        whole, _, adapter = name.partition("+")
+        if whole not in checkpoints:
+            checkpoints[whole] = open_checkpoint(models.get(whole, whole), trust_remote_code=trust_remote_code)
+        if adapter:
+            checkpoints[name] = open_checkpoint(
+                models.get(name, adapter), base=checkpoints[whole], trust_remote_code=trust_remote_code
+            )
+    return checkpoints
 
 
-def _write(
-    out: Path,
-    jobs: Sequence[Job],
+def jobs_of_recipe(
+    recipe: YamlRecipe,
+    checkpoints: Mapping[str, Checkpoint],
+    path: Path,
     *,
-    donor: Checkpoint,
-    inputs: Sequence[Checkpoint],
-    add_papers: Callable[[Path], None],
-    settings: _Settings,
-) -> MergeSummary:
-    """The weights, the index, and everything that makes a directory of weights a model."""
-    began = time.monotonic()
-    shards = layout_shards([job.output for job in jobs], settings.shard_bytes)
-    copied = [donor.path / name for name in _COPIED if (donor.path / name).is_file()]
-    total = sum(shard.nbytes for shard in shards) + sum(file.stat().st_size for file in copied) + OTHER_BYTES
-    check_space(out, total=total, largest=max(shard.nbytes for shard in shards))
-    with output_directory(
-        out,
-        inputs=[model.path for model in inputs],
-        overwrite=settings.overwrite,
-        fingerprint=_fingerprint(jobs, shards),
-        total=total,
-    ) as directory:
-        if len(shards) > 1:
-            write_file(directory / "model.safetensors.index.json", index_json(shards))
-        write_file(directory / "config.json", json.dumps(_config(donor.config, settings.dtype), indent=2))
-        for file in copied:
-            write_file(directory / file.name, file.read_bytes())
-        add_papers(directory)
-        merge_jobs(jobs, shards, directory, threads=settings.threads, sync=settings.sync, progress=settings.progress)
-    return MergeSummary(
-        out=out,
-        tensors=len(jobs),
-        nbytes=sum(job.output.nbytes for job in jobs),
-        shards=len(shards),
-        seconds=time.monotonic() - began,
-    )
-
-
-def _config(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """The base's configuration, with the output's dtype and without the place it was once loaded from."""
-    changed = {key: value for key, value in config.items() if key != "_name_or_path"}
-    if dtype is not None:
-        key = "torch_dtype" if "torch_dtype" in changed else "dtype"
-        changed[key] = str(dtype).removeprefix("torch.")
-    return changed
-
-
-def _fingerprint(jobs: Sequence[Job], shards: Sequence[Shard]) -> str:
-    """Identifies inputs, coefficients and layout: equal fingerprints give equal files."""
-    models = {id(term.checkpoint): term.checkpoint for job in jobs for term in job.terms}
-    models |= {id(job.base[0]): job.base[0] for job in jobs if job.base}
-    hashes = {key: model.content_hash() for key, model in models.items()}
-    digest = hashlib.sha256(wpmerge.__version__.encode())
-    for job in jobs:
-        digest.update(f"{job.output}{hashes[id(job.base[0])] if job.base else None}".encode())
-        for term in job.terms:
-            digest.update(f"{hashes[id(term.checkpoint)]} {term.tensor} {term.coefficient.axis}".encode())
-            digest.update(term.coefficient.values.contiguous().view(-1).view(torch.uint8).numpy().data)
-    for shard in shards:
-        digest.update(f"{shard.name} {shard.nbytes}".encode())
-    return digest.hexdigest()
+    dtype: torch.dtype | None = None,
+    vocab: Vocabulary | None = None,
+    seed: int = 0,
+    parity: Literal["mergekit"] | None = None,
+) -> RecipeJobs:
+    """A recipe's jobs on checkpoints that were checked to be of one family; arguments as :func:`merge_recipe`."""
+    first = next(iter(checkpoints))
+    checkpoints = match_vocabulary(checkpoints, first, vocab)
+    for name, model in checkpoints.items():
+        check_same_family(checkpoints[first], model, name=name)
+    return recipe_jobs(recipe, checkpoints, dtype=dtype, where=path, seed=seed, parity=parity is not None)

@@ -66,8 +66,34 @@ class InputModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Operator:
+    """What combines the weighted task vectors: their sum, or one of the field's operators.
+
+    Attributes:
+        method: ``task_arithmetic``; ``ties`` (trim, elect, disjoint sum); ``dare_linear`` (drop, sum); ``dare_ties``.
+        density: the share of each tensor's task vector that TIES or DARE keep, in [0, 1].
+        normalize: of TIES and DARE-TIES: divide by the coefficients that agree with the elected sign.
+        seed: decides what DARE drops.
+
+    Raises:
+        RecipeError: a density outside [0, 1], or one that the method does not take.
+    """
+
+    method: Literal["task_arithmetic", "ties", "dare_linear", "dare_ties"] = "task_arithmetic"
+    density: float = 1.0
+    normalize: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.density <= 1 or (self.method == "task_arithmetic" and self.density != 1):
+            raise RecipeError("no density for this operator", where=self.method, got=self.density)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Every coefficient of a merge: merged tensor = base + Σ_e coefficient[e] · (expert_e - base).
+
+    Under another operator than task arithmetic the weighted task vectors are trimmed, dropped and elected as it says.
 
     Attributes:
         base: the base.
@@ -76,6 +102,7 @@ class Plan:
         rule: the rule that made them (``uniform``, ``scaled``, ...).
         granularity: the finest level at which they differ; ``tensor`` and ``expert`` have scalars only.
         provenance: settings, seeds, versions, times; JSON values.
+        operator: what combines the weighted task vectors.
 
     Raises:
         RecipeError: an expert without coefficients or with other tensors than the rest, a number that is not finite.
@@ -87,6 +114,7 @@ class Plan:
     rule: str
     granularity: Granularity
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    operator: Operator = field(default_factory=Operator)
 
     def __post_init__(self) -> None:
         if not self.experts or set(self.experts) != set(self.coefficients):
@@ -130,7 +158,8 @@ class Plan:
             schema_version=SCHEMA_VERSION,
             rule=self.rule,
             granularity=self.granularity,
-            operator="task_arithmetic",
+            operator=self.operator.method,
+            operator_settings={key: value for key, value in asdict(self.operator).items() if key != "method"},
             base=_InputFile(**asdict(self.base)),
             experts={name: _InputFile(**asdict(expert)) for name, expert in self.experts.items()},
             axes=axes,
@@ -156,7 +185,8 @@ class _PlanFile(_Strict):
     schema_version: int
     rule: str
     granularity: Granularity
-    operator: Literal["task_arithmetic"]
+    operator: Literal["task_arithmetic", "ties", "dare_linear", "dare_ties"]
+    operator_settings: dict[str, bool | int | float] = {}
     base: _InputFile
     experts: dict[str, _InputFile]
     axes: dict[str, int]
@@ -213,7 +243,15 @@ def load_plan(directory: Path) -> Plan:
         rule=header.rule,
         granularity=header.granularity,
         provenance=header.provenance,
+        operator=_operator(header, where),
     )
+
+
+def _operator(header: _PlanFile, where: Path) -> Operator:
+    try:
+        return Operator(method=header.operator, **header.operator_settings)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise RecipeError("a plan is malformed", where=where, got=error) from None
 
 
 def describe(error: ValidationError) -> str:

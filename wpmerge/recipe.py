@@ -31,6 +31,9 @@ _FITTED = (
     "The merge has finer coefficients than a recipe can hold. Each number here is the least-squares one,\n"
     "# <diag(c) D, D> / <D, D> with D = expert - base; {count} of {total} are such fits, and mergekit's result differs."
 )
+_DARE = (
+    "DARE drops at random: mergekit draws other entries, and matches the L1 norm where wpmerge divides by the density."
+)
 _ADAPTERS = (
     "One number per tensor and expert. Experts after '+' are LoRA adapters: mergekit first rounds base + adapter to\n"
     "# the base's dtype, wpmerge does not, so that the results differ by that rounding."
@@ -62,13 +65,17 @@ def recipe_text(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> str:
         notes.append(_FITTED.format(count=fitted, total=total))
     if adapters or not fitted:
         notes.append(_ADAPTERS if adapters else _EXACT)
+    if plan.operator.method.startswith("dare"):
+        notes.append(_DARE)
+    density = {} if plan.operator.method == "task_arithmetic" else {"density": plan.operator.density}
     document = {
         "models": [
-            {"model": _reference(plan, expert), "parameters": {"weight": weights[expert]}} for expert in plan.experts
+            {"model": _reference(plan, expert), "parameters": {"weight": weights[expert]} | density}
+            for expert in plan.experts
         ],
-        "merge_method": "task_arithmetic",
+        "merge_method": plan.operator.method,
         "base_model": plan.base.source,
-        "parameters": {"normalize": False},
+        "parameters": {"normalize": plan.operator.normalize},
         "dtype": "float32",
         "out_dtype": main_dtype(checkpoints[BASE]),
     }

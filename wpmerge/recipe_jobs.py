@@ -214,7 +214,7 @@ class _Reader:
                     seed=tensor_seed(self._seed, i, target.name) if method.startswith("dare") else 0,
                 )
             )
-        whole = {"normalize": normalize, "scale": scale} if elects or self._parity else {}  # else in the coefficients
+        apart = elects or self._parity  # else they are in the coefficients
         return Job(
             output=output,
             base=base if method in WITH_BASE else None,
@@ -223,7 +223,8 @@ class _Reader:
             rescale=rescale,
             parity=self._parity_dtype(base, terms, target.name) if self._parity else None,
             weights=tuple(numbers) if self._parity else (),
-            **whole,
+            normalize=normalize and apart,
+            scale=scale if apart else 1.0,
         )
 
     def _parity_dtype(self, base: tuple[Checkpoint, str], terms: Sequence[Term], name: str) -> torch.dtype:
@@ -252,7 +253,7 @@ class _Reader:
         checkpoints: Mapping[str, Checkpoint],
         numbers: Sequence[float],
     ) -> None:
-        """A head stored beside the embedding it is tied to must not be weighed otherwise: only one of them is merged."""
+        """A head stored beside the embedding it is tied to must be weighed like it: only one of them is merged."""
         aliases = {key for model in checkpoints.values() for key, kept in model.tied.items() if kept == target.name}
         for alias in sorted(aliases):
             if self._weights(replace(target, name=alias), sources) != list(numbers):

@@ -49,6 +49,8 @@ class Selector:
     def __init__(self, keep: int, sample: Magnitudes, numel: int) -> None:
         self._keep, self._passes = keep, 0
         self._floor, self._ceiling = np.float32(0), np.float32(np.inf)  # the answer lies in [floor, ceiling]
+        self._low: np.float32
+        self._high: np.float32  # this pass looks between them
         self._from_floor, self._over_ceiling = numel, 0  # how many are >= floor, how many > ceiling
         self._bracket(sample, keep / numel)
         self._reset()
@@ -121,7 +123,7 @@ class Selector:
 
     def _reset(self) -> None:
         self._over_high = self._from_high = self._over_low = self._from_low = self._kept = 0
-        self._complete = True
+        self._complete: bool = True
         self._inside: list[Magnitudes] = []
 
 

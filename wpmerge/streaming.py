@@ -18,7 +18,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from wpmerge.blocks import Job, TensorMerge, Term, blocks
-from wpmerge.checksum import Checksum, checksum
+from wpmerge.checksum import Checksum
 from wpmerge.errors import CheckpointError
 from wpmerge.shards import Shard, ShardWriter
 from wpmerge.tensorfile import SafetensorsFile

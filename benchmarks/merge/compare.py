@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from models import make_family
+from models import make_family  # type: ignore[import-not-found]  # its sibling; a script has no package
 
 HERE = Path(__file__).resolve().parent
 OURS = "import sys; from pathlib import Path; from wpmerge.merge import merge_recipe; merge_recipe(Path(sys.argv[1]), Path(sys.argv[2]), threads=int(sys.argv[3]), sync=False)"  # noqa: E501
@@ -65,10 +64,10 @@ def measure(command: list[str], log: Path) -> dict[str, float]:
     began = time.perf_counter()
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-        anonymous = [0]
-        watcher = threading.Thread(target=_watch, args=(process.pid, anonymous), daemon=True)
+        peaks = {"RssAnon": 0, "VmHWM": 0}
+        watcher = threading.Thread(target=_watch, args=(process.pid, peaks), daemon=True)
         watcher.start()
-        _, status, usage = os.wait4(process.pid, 0)
+        _, status, usage = os.wait4(process.pid, 0)  # its ru_maxrss would include this process before exec
         wall = time.perf_counter() - began
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -76,22 +75,23 @@ def measure(command: list[str], log: Path) -> dict[str, float]:
     return {
         "wall_s": wall,
         "cpu_s": usage.ru_utime + usage.ru_stime,
-        "rss_mb": usage.ru_maxrss / 1024,
-        "anonymous_mb": anonymous[0] / 1024,
+        "rss_mb": peaks["VmHWM"] / 1024,
+        "anonymous_mb": peaks["RssAnon"] / 1024,
     }
 
 
-def _watch(pid: int, anonymous: list[int]) -> None:
+def _watch(pid: int, peaks: dict[str, int]) -> None:
     while True:
         try:
             lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         except OSError:
             return
-        found = [int(line.split()[1]) for line in lines if line.startswith("RssAnon")]
+        found = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "VmHWM:"))}
         if not found:
             return
-        anonymous[0] = max(anonymous[0], found[0])
-        time.sleep(0.02)
+        for key, value in found.items():
+            peaks[key] = max(peaks[key], value)
+        time.sleep(0.01)
 
 
 def compare_outputs(ours: Path, theirs: Path) -> dict[str, float]:
@@ -177,7 +177,7 @@ def hardware() -> dict[str, Any]:
         "processor": processor[0].split(":")[1].strip() if processor else platform.processor(),
         "cores": os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "load_before": os.getloadavg()[0],
+        "load_before": round(os.getloadavg()[0], 2),
         "versions": {name: version(name) for name in ("wpmerge", "mergekit", "torch", "numpy")},
         "python": platform.python_version(),
         "commit": commit.stdout.strip(),
@@ -224,7 +224,6 @@ def main() -> None:
             for who in ("ours", "ours_one_thread")
             for key in ("wall_s", "cpu_s", "rss_mb")
         }
-    result["peak_rss_mb_of_this_process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     line = json.dumps(result)
     if arguments.results:
         arguments.results.mkdir(parents=True, exist_ok=True)

@@ -74,7 +74,7 @@ def make_family(directory: Path, size: str, *, experts: int = 3, shards: int = 4
     for number, path in enumerate(paths):
         path.mkdir(parents=True)
         (path / "config.json").write_text(json.dumps(config(**SIZES[size])))
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for i, group in enumerate(groups):
             file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
             tensors = {name: _weights(name, shape, number) for name, shape in group.items()}
