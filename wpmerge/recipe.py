@@ -54,10 +54,10 @@ def recipe_text(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> str:
     for expert, coefficients in plan.coefficients.items():
         numbers: dict[str, float] = {}
         for name, coefficient in coefficients.items():
-            exact = _single_number(coefficient)
+            exact = single_number(coefficient)
             fitted += exact is None
             numbers[name] = least_squares(coefficient, checkpoints, expert, name) if exact is None else exact
-        weights[expert] = weight_setting(_with_tied_names(numbers, checkpoints.values()))
+        weights[expert] = weight_setting(with_tied_names(numbers, checkpoints.values()))
     total = sum(len(coefficients) for coefficients in plan.coefficients.values())
     notes = [f"Written by wpmerge; rule {plan.rule}, granularity {plan.granularity}."]
     adapters = any(model.adapter for model in plan.experts.values())
@@ -70,7 +70,7 @@ def recipe_text(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> str:
     density = {} if plan.operator.method == "task_arithmetic" else {"density": plan.operator.density}
     document = {
         "models": [
-            {"model": _reference(plan, expert), "parameters": {"weight": weights[expert]} | density}
+            {"model": model_reference(plan, expert), "parameters": {"weight": weights[expert]} | density}
             for expert in plan.experts
         ],
         "merge_method": plan.operator.method,
@@ -168,7 +168,7 @@ def check_with_mergekit(text: str, plan: Plan, base: Checkpoint) -> None:
         raise RecipeError("mergekit would leave out a tensor of the base", where=unknown[0], got=len(unknown))
     for expert, model in zip(plan.experts, configuration.models, strict=True):
         for name, coefficient in plan.coefficients[expert].items():
-            exact = _single_number(coefficient)
+            exact = single_number(coefficient)
             value = evaluate_setting(known[name], model.parameters["weight"], 0, validate=float)
             if exact is not None and value != exact:
                 raise RecipeError(f"mergekit would read another number for {name}", got=value, expected=exact)
@@ -190,19 +190,19 @@ def _names_in_mergekit(architecture: Any, base: Checkpoint) -> dict[str, str]:
     return names
 
 
-def _single_number(coefficient: Coefficient) -> float | None:
+def single_number(coefficient: Coefficient) -> float | None:
     """The coefficient as one number, if it is one."""
     values = coefficient.values.reshape(-1)
     return float(values[0]) if values.numel() and bool((values == values[0]).all()) else None
 
 
-def _with_tied_names(numbers: dict[str, float], checkpoints: Any) -> dict[str, float]:
+def with_tied_names(numbers: dict[str, float], checkpoints: Any) -> dict[str, float]:
     """Numbers for heads that some checkpoint stores beside the embedding they are tied to: mergekit merges both."""
     tied = {alias: name for checkpoint in checkpoints for alias, name in checkpoint.tied.items()}
     return numbers | {alias: numbers[name] for alias, name in tied.items() if name in numbers}
 
 
-def _reference(plan: Plan, expert: str) -> str:
+def model_reference(plan: Plan, expert: str) -> str:
     """mergekit's name of a model: a path or hub id, and after '+' an adapter on it."""
     source = plan.experts[expert].source
     if "+" in source or "+" in plan.base.source:
