@@ -30,7 +30,7 @@ class RuleSettings:
     Attributes:
         rule: which one.
         power: p of ``proportional``: 0 ignores scores, 1 shares in proportion to them.
-        density: ρ of ``select``: the share of all parameters, 0 to 1, that gets an expert's full scale.
+        density: ρ of ``select``: the share of an expert's scored parameters, 0 to 1, that gets its full scale.
         floor: of ``select``: what the rest gets, as a share of the scale.
         max_coefficient: λ_max; no coefficient is larger.
 
@@ -82,8 +82,7 @@ def apply_rule(
 
 def _proportional(scores: Float[Tensor, "E G"], scales: Float[Tensor, " E"], power: float) -> Float[Tensor, "E G"]:
     """s_e · E · R₊^p / Σ_e' R₊^p over the experts that have a score; s_e where no expert has a positive one."""
-    positive = scores.clamp_min(0.0)
-    strength = torch.where(positive > 0, positive**power, 0.0).nan_to_num(0.0)
+    strength = (scores.clamp_min(0.0) ** power).masked_fill(scores.isnan(), 0.0)
     total = strength.sum(dim=0)
     count = (~scores.isnan()).sum(dim=0)
     shares = torch.where(total > 0, count * strength / total, 1.0)
@@ -93,16 +92,31 @@ def _proportional(scores: Float[Tensor, "E G"], scales: Float[Tensor, " E"], pow
 def _select(
     scores: Float[Tensor, "E G"], sizes: Float[Tensor, " G"], scales: Float[Tensor, " E"], density: float, floor: float
 ) -> Float[Tensor, "E G"]:
-    """Per expert, best groups by R₊ per parameter get s_e until ``density`` of the scored parameters have it."""
+    """Per expert, the best groups by R₊ per parameter get s_e while they fit into ``density`` of the scored parameters.
+
+    A group too large for what is left is passed over. Groups that recover nothing are never chosen; an expert with
+    such groups only gets s_e everywhere, for there is nothing to select by.
+    """
     found = scales[:, None] * floor * torch.ones_like(scores)
     for expert, row in enumerate(scores):
-        scored = (~row.isnan()).nonzero().flatten()
-        worth = row[scored].clamp_min(0.0) / sizes[scored]
-        order = scored[worth.argsort(descending=True, stable=True)]
-        filled = sizes[order].cumsum(0)
-        chosen = order[filled <= density * sizes[scored].sum() + 0.5]
-        found[expert, chosen] = scales[expert]
+        positive = (row > 0).nonzero().flatten()
+        if not len(positive):
+            found[expert] = scales[expert]
+            continue
+        order = positive[(row[positive] / sizes[positive]).argsort(descending=True, stable=True)]
+        budget = density * float(sizes[~row.isnan()].sum())
+        found[expert, order[_fitting(sizes[order].tolist(), budget)]] = scales[expert]
     return found
+
+
+def _fitting(sizes: Sequence[float], budget: float) -> list[int]:
+    """Positions of what is taken in order, as long as it fits; half a parameter of slack for rounding."""
+    chosen, room = [], budget + 0.5
+    for position, size in enumerate(sizes):
+        if size <= room:
+            chosen.append(position)
+            room -= size
+    return chosen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
