@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from wpmerge.engine import Engine
+from wpmerge.errors import RecipeError
 from wpmerge.plan import Coefficient
 from wpmerge.readouts import Readout, measure
 from wpmerge.rows import Row
@@ -100,13 +101,18 @@ def search_scales(
     Args:
         experts: their names.
         evaluate: scales → retention per capability.
-        evaluations: how many times ``evaluate`` may be called.
+        evaluations: how many times ``evaluate`` may be called, at least 1.
         together: one scale for all experts.
         highest: largest scale tried.
 
     Returns:
         The best scales seen, and their retention.
+
+    Raises:
+        RecipeError: no evaluation is allowed.
     """
+    if evaluations < 1:
+        raise RecipeError("choosing scales takes at least one evaluation", got=evaluations, mend="or give the scales")
     seen: dict[tuple[float, ...], dict[str, float]] = {}
 
     def value(scales: tuple[float, ...]) -> float:
@@ -116,7 +122,8 @@ def search_scales(
             seen[scales] = evaluate(dict(zip(experts, scales, strict=True)))
         return utility(seen[scales])
 
-    best = max(((scale,) * len(experts) for scale in GRID), key=value)
+    grid = sorted({min(scale, highest) for scale in GRID})
+    best = max(((scale,) * len(experts) for scale in grid), key=value)
     moves = [range(len(experts))] if together or len(experts) == 1 else [[i] for i in range(len(experts))]
     for step in STEPS:
         improved = True

@@ -116,7 +116,7 @@ def run_demo(out: Path | None = None, *, progress: Progress | None = None) -> De
     uniform_only = {"uniform": str(out / "uniform")}  # a plan without weights, merged in memory
     models = models_to_evaluate(on_disk, uniform_only, base="base", inputs={}, settings=harness)
     evaluation = evaluate(
-        models | {"fused": str(out / "merged")},
+        models | {"fused": str((out / "merged").absolute())},  # lm-eval looks a relative a/b up on the hub
         out=out / "evaluation",
         tasks=(TASK,),
         task_data={TASK: family / "eval.jsonl"},
