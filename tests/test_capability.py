@@ -48,8 +48,8 @@ def test_a_file_is_read_in_order_and_other_keys_are_ignored(tmp_path: Path) -> N
         ('{"prompt": "  "}', "no prompt"),
         ('{"prompt": "x", "without": ["y"], "reference": "z"}', '"without" is not a text'),
         ('{"prompt": "x", "without": "y", "reference": ""}', '"reference" is not a text'),
-        ('{"prompt": "x", "reference": "z"}', 'Some prompts have "without"'),
-        ('{"prompt": "x", "without": "y", "reference": null}', 'Some prompts have "reference"'),
+        ('{"prompt": "x", "reference": "z"}', 'some prompts have "without"'),
+        ('{"prompt": "x", "without": "y", "reference": null}', 'some prompts have "reference"'),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, line: str, what: str) -> None:

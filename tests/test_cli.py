@@ -116,7 +116,7 @@ def test_defaults_are_those_of_the_functions() -> None:
     from wpmerge.merge import SHARD_BYTES
     from wpmerge.options import byte_size
     from wpmerge.plan import Granularity
-    from wpmerge.scoring import ScoreSettings
+    from wpmerge.readings import ScoreSettings
 
     assert (KINDS, RULES, get_args(Granularity)) == (cli.KINDS, cli.RULES, cli.GRANULARITIES)
     defaults = {

@@ -1,5 +1,7 @@
 """Exact patching against its definition: swap the weights in transformers' own model, run everything, read."""
 
+import math
+
 import pytest
 import torch
 from tiny import CONFIGS, ModelWeights, tiny_model
@@ -58,6 +60,13 @@ def naive_effect(base: torch.nn.Module, expert: torch.nn.Module, layout: Layout,
     return after - before
 
 
+def expert_with_gap(model_type: str, base: torch.nn.Module, readout: Readout, dtype: torch.dtype) -> torch.nn.Module:
+    """The first random expert whose gap is not near 0: the tolerances are fractions of it."""
+    experts = (tiny_model(model_type, seed=seed, dtype=dtype) for seed in range(1, 20))
+    before = naive_value(base, readout)
+    return next(expert for expert in experts if abs(naive_value(expert, readout) - before) > 0.3)
+
+
 def some_units(layout: Layout) -> list[Unit]:
     """Every unit of every kind, but of the neurons every fifth."""
     units = [unit for kind in (*layout.counts, *COARSE_KINDS) for unit in layout.units(kind)]
@@ -68,11 +77,12 @@ def some_units(layout: Layout) -> list[Unit]:
 @pytest.mark.parametrize("model_type", list(CONFIGS))
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_exact_is_naive_swap_and_rerun(model_type: str, reading: str, dtype: torch.dtype, tolerance: float) -> None:
-    base, expert = (tiny_model(model_type, seed=seed, dtype=dtype) for seed in (0, 3))
+    base = tiny_model(model_type, seed=0, dtype=dtype)
     weights = ModelWeights.of(base)
     layout = weights.layout
     engine = Engine(layout, dtype=dtype)
     readout = make_readouts(layout, dtype)[reading]
+    expert = expert_with_gap(model_type, base, readout, dtype)
     rows = pack(SEQUENCES, tokens_per_row=16)
     units = some_units(layout)
     if dtype == torch.float32:
@@ -83,18 +93,9 @@ def test_exact_is_naive_swap_and_rerun(model_type: str, reading: str, dtype: tor
     for unit, effect in zip(units, effects.tolist(), strict=True):
         invisible = unit.layer > readout.layer or (unit.kind in ("final_norm", "lm_head") and not readout.reads_output)
         if invisible:
-            assert effect != effect, f"{unit} has no score under this readout, and so NaN"
+            assert math.isnan(effect), f"{unit} has no score under this readout, and so NaN"
         else:
             assert abs(effect - naive_effect(base, expert, layout, unit, readout)) <= tolerance * gap, str(unit)
-
-
-@pytest.mark.parametrize("model_type", list(CONFIGS))
-def test_a_self_pair_has_no_effect_at_all(model_type: str) -> None:
-    weights = ModelWeights.of(tiny_model(model_type, seed=0))
-    engine = Engine(weights.layout)
-    for readout in make_readouts(weights.layout, torch.float32).values():
-        effects = exact(engine, weights, weights, pack(SEQUENCES), readout, some_units(weights.layout))
-        assert torch.equal(effects[~effects.isnan()], torch.zeros_like(effects[~effects.isnan()]))
 
 
 def test_batches_passes_and_packing_do_not_matter() -> None:

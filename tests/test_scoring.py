@@ -17,10 +17,11 @@ from wpmerge.arch import KINDS
 from wpmerge.attribution import linear
 from wpmerge.errors import AnchorError, CapabilityError, CheckpointError, OutputError, WpmergeError
 from wpmerge.models import open_family
+from wpmerge.readings import ScoreSettings
 from wpmerge.readouts import LogProbReadout, measure
 from wpmerge.rows import pack
 from wpmerge.scores import Scores, load_scores
-from wpmerge.scoring import ScoreSettings, score
+from wpmerge.scoring import score
 
 SETTINGS = ScoreSettings(
     prompts=6,
@@ -457,7 +458,7 @@ def test_gaps_and_anchors_that_may_be_nothing_are_refused_with_their_numbers(dis
         disk.score("gapless", dataclasses.replace(cautious, readouts=("reference",)))
     assert "t = " in str(caught.value.got)
     assert "over 6 prompts" in str(caught.value.got)
-    with pytest.raises(AnchorError, match="No layer gives a reliable anchor") as caught:
+    with pytest.raises(AnchorError, match="no layer gives a reliable anchor") as caught:
         disk.score("gapless", dataclasses.replace(cautious, readouts=("anchor",)))
     assert caught.value.where == "e0"
     with pytest.raises(AnchorError, match="no such layer"):

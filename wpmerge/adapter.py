@@ -214,4 +214,4 @@ def _setting(config: dict[str, Any], patterns: str, module: str, default: Any, w
             break
     if isinstance(default, bool) or not isinstance(default, int | float) or not 0 < default < math.inf:
         raise CheckpointError(f"an adapter's setting for {module} is no positive number", where=where, got=default)
-    return default
+    return float(default)

@@ -24,8 +24,9 @@ COSINE = 0.9
 """Least split-half cosine of a reliable direction."""
 SHARE_OF_T = 0.5
 """Least cross-fitted t of the chosen layer, as a share of the largest over layers."""
-LEAST_T = 3.0
-"""Below this the largest t itself could be noise, with some tens of layers to choose from."""
+LEAST_T = 5.0
+"""Below this the largest t itself could be noise: there are tens of layers to choose from, and on pure noise this t has
+a standard deviation of about 1.4 (contrast) to 1.7 (pair), since each half is read with the other's direction."""
 DEPTH = 0.9
 """The chosen layer is no later than this share of the depth."""
 
@@ -156,7 +157,7 @@ def _unreliable(curve: Sequence[AnchorPoint], name: str) -> AnchorError:
     best = max(_allowed(curve), key=lambda point: point.t)
     largest = max(point.t for point in curve)
     return AnchorError(
-        "No layer gives a reliable anchor for this capability.",
+        "no layer gives a reliable anchor for this capability",
         where=name,
         got=f"best at layer {best.layer}: cross-fitted t {best.t:.1f}, split-half cosine {best.cosine:.2f}",
         expected=f"cosine at least {COSINE}, t at least {max(LEAST_T, SHARE_OF_T * largest):.1f}",

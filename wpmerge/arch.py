@@ -230,7 +230,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     model_type = str(config.get("model_type"))
     if model_type not in ARCHITECTURES:
         raise CheckpointError(
-            "This architecture is not supported.",
+            "this architecture is not supported",
             where="config.json, model_type",
             got=model_type,
             expected="one of " + ", ".join(ARCHITECTURES),
@@ -238,7 +238,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         )
     if config.get("use_bidirectional_attention"):
         raise CheckpointError(
-            "Bidirectional attention is not supported.", where="config.json, use_bidirectional_attention", got=True
+            "bidirectional attention is not supported", where="config.json, use_bidirectional_attention", got=True
         )
     return ARCHITECTURES[model_type]
 
@@ -423,7 +423,7 @@ class Layout:
         if name in whole:
             return _whole(whole[name], 0, 0)
         raise CheckpointError(
-            f"The checkpoint holds a tensor that a {self.config['model_type']} model does not have.",
+            f"the checkpoint holds a tensor that a {self.config['model_type']} model does not have.",
             where=name,
             expected=f"{self.layers} layers of the tensors in wpmerge/arch.py",
             mend="remove the tensor, or check that config.json belongs to these weights",
@@ -449,7 +449,7 @@ class Layout:
         name = f"{self.layer_prefix(layer)}{rule.module}.{leaf}"
         if self.shapes[name][axis] != start:
             raise CheckpointError(
-                "A tensor does not have the size that config.json says.",
+                "a tensor does not have the size that config.json says",
                 where=name,
                 got=f"{self.shapes[name]}",
                 expected=f"{start} along axis {axis}",
@@ -470,7 +470,7 @@ class Layout:
 
     def _missing(self, name: str) -> CheckpointError:
         return CheckpointError(
-            "The checkpoint lacks a tensor.",
+            "the checkpoint lacks a tensor",
             where=name,
             mend="check that all shards and the right config.json are there",
         )

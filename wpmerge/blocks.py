@@ -245,7 +245,7 @@ def _trims(job: Job, work: Workspace) -> list[_Trim | None]:
         keep = kept_count(term.density, numel)
         if not 0 < keep < numel:
             continue
-        if numel <= min(BLOCK_ELEMENTS, SAMPLE):
+        if numel <= SAMPLE:
             magnitudes = _magnitudes(term, work, work.floats("base", *job.base, 0, numel), 0, numel)
             found[i] = _Trim(threshold_of(magnitudes, keep))
             continue
@@ -255,7 +255,8 @@ def _trims(job: Job, work: Workspace) -> list[_Trim | None]:
     while searches:
         for start, stop in blocks(job.output.shape):
             base = work.floats("base", *job.base, start, stop)
-            scratch, spare = (work.mask(slot, stop - start).numpy() for slot in ("equal", "spare"))
+            scratch = work.mask("equal", stop - start).numpy()
+            spare = work.buffer("spare", stop - start, torch.int32).numpy().view(np.uint32)
             for i, search in searches.items():
                 search.see(_magnitudes(job.terms[i], work, base, start, stop), scratch, spare)
         for i, search in list(searches.items()):

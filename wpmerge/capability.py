@@ -70,7 +70,7 @@ class Capability:
             held_out = len(order) - scoring
         if min(scoring, held_out) < MINIMUM:
             raise CapabilityError(
-                "The capability has too few prompts to score on some and choose coefficients on others.",
+                "the capability has too few prompts to score on some and choose coefficients on others",
                 where=f"{self.name} ({self.source})",
                 got=f"{len(self.prompts)} prompts: {max(0, scoring)} to score on, {max(0, held_out)} to keep",
                 expected=f"at least {MINIMUM} of each",
@@ -106,7 +106,7 @@ def load_capability(name: str, spec: str) -> Capability:
         prompts = [prompt for group in zip(*parts, strict=True) for prompt in group]
     if len(prompts) < MINIMUM:
         raise CapabilityError(
-            "The capability has too few prompts.", where=spec, got=len(prompts), expected=f"at least {MINIMUM}"
+            "the capability has too few prompts", where=spec, got=len(prompts), expected=f"at least {MINIMUM}"
         )
     return Capability(name=name, source=spec, prompts=tuple(prompts))
 
@@ -114,7 +114,7 @@ def load_capability(name: str, spec: str) -> Capability:
 def _builtin_prompts(name: str) -> list[Prompt]:
     if name not in builtin.names():
         raise CapabilityError(
-            "There is no such capability.",
+            "there is no such capability",
             got=name,
             expected="a path to a .jsonl file, or one of " + ", ".join(builtin.names()),
         )
@@ -125,17 +125,17 @@ def _read_jsonl(path: Path) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut texts at U+2028 and the like
     except (OSError, UnicodeDecodeError) as error:
-        raise CapabilityError("The capability file cannot be read.", where=path, got=error) from error
+        raise CapabilityError("the capability file cannot be read", where=path, got=error) from error
     numbers = [n for n, line in enumerate(lines, start=1) if line.strip()]
     prompts = [_parse(lines[n - 1], f"{path}, line {n}") for n in numbers]
     if not prompts:
-        raise CapabilityError("The capability file is empty.", where=path, expected="one JSON object a line")
+        raise CapabilityError("the capability file is empty", where=path, expected="one JSON object a line")
     for field in ("without", "reference"):
         present = [getattr(prompt, field) is not None for prompt in prompts]
         if any(present) and not all(present):
             number = numbers[present.index(False)]
             raise CapabilityError(
-                f'Some prompts have "{field}" and some do not.',
+                f'some prompts have "{field}" and some do not.',
                 where=f"{path}, line {number}",
                 expected="all or none",
                 mend="split the file, or fill the field in",
@@ -148,9 +148,9 @@ def _parse(line: str, where: str) -> Prompt:
     try:
         entry: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise CapabilityError("A line is not JSON.", where=where, got=str(error), expected=expected) from error
+        raise CapabilityError("a line is not JSON", where=where, got=str(error), expected=expected) from error
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
-        raise CapabilityError("A line has no prompt.", where=where, got=line[:80], expected=expected)
+        raise CapabilityError("a line has no prompt", where=where, got=line[:80], expected=expected)
     for field in ("without", "reference"):
         value = entry.get(field)
         if value is not None and (not isinstance(value, str) or not value.strip()):

@@ -1,7 +1,7 @@
 """A checksum that is the same in whatever order, blocks and threads a tensor is written, at the speed of memory.
 
 dot64 of a tensor: its bytes in row-major order, padded with zeros to whole little-endian 64-bit words w_i, give
-Σ w_i · key(i mod 2^15) · odd(i div 2^15) mod 2^64, key(i) = splitmix64(i), odd(j) = 2 · splitmix64(2^32 + j) + 1
+Σ w_i · key(i mod 2^15) · odd(i div 2^15) mod 2^64, key(i) = splitmix64(i) or 1, odd(j) = 2 · splitmix64(2^32 + j) + 1
 (splitmix64: Steele, Lea and Flood 2014, figure 1, of seed i). It finds damage and mix-ups; it is no signature.
 """
 
@@ -59,7 +59,7 @@ def splitmix64(seed: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
-_KEYS = splitmix64(np.arange(PERIOD, dtype=np.uint64))
+_KEYS = splitmix64(np.arange(PERIOD, dtype=np.uint64)) | np.uint64(1)  # odd: no bit of a word is lost
 
 
 def _dot(first: int, words: NDArray[np.uint64]) -> int:

@@ -134,9 +134,9 @@ def score(
     capabilities = options.named("--capability", capability, form="NAME=SPEC")
     readouts = options.all_of("--readout", readout, READOUTS)
     kinds = options.all_of("--kind", kind or KINDS, KINDS)
-    from wpmerge import scoring, summaries
+    from wpmerge import readings, scoring, summaries
 
-    settings = scoring.ScoreSettings(
+    settings = readings.ScoreSettings(
         readouts=readouts,
         prompts=prompts,
         held_out=held_out,

@@ -15,8 +15,9 @@ from wpmerge.fusing import FuseSettings, fuse
 from wpmerge.harness import HarnessSettings
 from wpmerge.inmemory import models_to_evaluate
 from wpmerge.output import check_output
+from wpmerge.readings import Progress, ScoreSettings
 from wpmerge.scores import Scores
-from wpmerge.scoring import Progress, ScoreSettings, score
+from wpmerge.scoring import score
 
 SCORE = ScoreSettings(prompts=48, held_out=24, top=8, sample=16)
 EVALUATIONS = 24

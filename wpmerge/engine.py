@@ -135,8 +135,8 @@ class Engine:
         hidden: Float[Tensor, "U T D"],
         call: Call,
         *,
-        attention_out: Float[Tensor, "U T D"] | None = None,
-        mlp_out: Float[Tensor, "U T D"] | None = None,
+        attention_out: Float[Tensor, "#U T D"] | None = None,
+        mlp_out: Float[Tensor, "#U T D"] | None = None,
         places: Int[Tensor, " N"] | None = None,
     ) -> Float[Tensor, "U T D"]:
         """Run one decoder layer.

@@ -133,10 +133,10 @@ def _check_names(
     models: Mapping[str, Model], reference: str | None, base: str | None, skills: Mapping[str, Skill]
 ) -> None:
     if not models:
-        raise EvaluationError("No model to evaluate.")
+        raise EvaluationError("no model to evaluate")
     for name in [reference, base, *(skill.expert for skill in skills.values())]:
         if name is not None and name not in models:
-            raise EvaluationError("No such model in the evaluation.", got=name, expected=", ".join(models))
+            raise EvaluationError("no such model in the evaluation", got=name, expected=", ".join(models))
 
 
 def _named(progress: Callable[[str, int, int], None], name: str) -> Progress:
@@ -265,7 +265,7 @@ def _same(finished: Mapping[str, Mapping[str, Any]], part: str) -> dict[str, Any
     (first, own), *others = ((name, each[part]) for name, each in finished.items())
     for name, other in others:
         if other != own:
-            raise EvaluationError("Two models were judged on different documents.", got=f"{first} and {name}")
+            raise EvaluationError("two models were judged on different documents", got=f"{first} and {name}")
     return dict(own)
 
 

@@ -113,7 +113,7 @@ class Evaluation:
             EvaluationError: no such model or metric.
         """
         if model not in self.models:
-            raise EvaluationError("No such model in the evaluation.", got=model, expected=", ".join(self.models))
+            raise EvaluationError("no such model in the evaluation", got=model, expected=", ".join(self.models))
         credits = self.models[model].credits
         if metric in credits:
             return outcomes_of(credits[metric])
@@ -123,7 +123,7 @@ class Evaluation:
         if whole in credits and any(kind in ids for ids in self.instructions.get(task, ())):
             return outcomes_of(only_type(credits[whole], self.instructions[task], kind))
         raise EvaluationError(
-            "No outcomes of such a metric in the evaluation.",
+            "no outcomes of such a metric in the evaluation",
             where=model,
             got=metric,
             expected=", ".join(each for each in self.models[model].scores if "/" in each),
@@ -254,7 +254,7 @@ def load_evaluation(path: Path) -> Evaluation:
         found = json.loads(file.read_text(encoding="utf-8"))
         if found["kind"] != "evaluation" or found["schema"] != SCHEMA:
             raise EvaluationError(
-                "An evaluation is of another version.",
+                "an evaluation is of another version",
                 where=file,
                 got=f"{found['kind']} schema {found['schema']}",
                 expected=f"evaluation schema {SCHEMA}",
@@ -266,7 +266,7 @@ def load_evaluation(path: Path) -> Evaluation:
         return Evaluation(**fields)
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise EvaluationError(
-            "An evaluation cannot be read.", where=file, got=f"{type(error).__name__}: {error}"
+            "an evaluation cannot be read", where=file, got=f"{type(error).__name__}: {error}"
         ) from error
 
 

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import torch
 
+from wpmerge.arch import BUFFERS, Layout
+from wpmerge.attribution import UnitArrays, empty_arrays
 from wpmerge.calibration import HeldOutReading, merged_source, read_held_out, retention, search_scales
+from wpmerge.checkpoint import Checkpoint
 from wpmerge.coefficients import (
     MAX_COEFFICIENT,
     Rule,
@@ -20,13 +23,15 @@ from wpmerge.coefficients import (
 from wpmerge.errors import CapabilityError, RecipeError
 from wpmerge.merge import SHARD_BYTES, MergeSummary, merge
 from wpmerge.models import Family, open_family
-from wpmerge.output import check_output, output_directory, write_file
+from wpmerge.output import check_output, check_space, output_directory, write_file
 from wpmerge.plan import BASE, Coefficient, Granularity, InputModel, Plan, input_model
+from wpmerge.provenance import provenance
+from wpmerge.readings import Progress
 from wpmerge.readouts import LogProbReadout
 from wpmerge.recipe import check_with_mergekit, recipe_text
 from wpmerge.rows import pack
 from wpmerge.scores import Scores, load_scores
-from wpmerge.scoring import Progress, provenance
+from wpmerge.streaming import job_dtype
 
 TOKENS_PER_ROW = 384
 
@@ -43,8 +48,11 @@ class FuseSettings:
         density: ρ of ``select``.
         floor: of ``select``, as a share of the scale.
         max_coefficient: λ_max.
-        evaluations: merges run on the held-out prompts to choose the scales.
+        evaluations: merges run on the held-out prompts to choose the scales, at least 1.
         seed: recorded; nothing here is drawn at random.
+
+    Raises:
+        RecipeError: ``select`` at granularity "expert", where there is nothing to select among.
     """
 
     rule: Rule = "scaled"
@@ -56,6 +64,14 @@ class FuseSettings:
     max_coefficient: float = MAX_COEFFICIENT
     evaluations: int = 24
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rule == "select" and self.granularity == "expert":
+            raise RecipeError(
+                "rule select has nothing to select among at granularity expert",
+                expected="unit, block or tensor",
+                mend="use another granularity, or --rule scaled",
+            )
 
     @property
     def rule_settings(self) -> RuleSettings:
@@ -138,15 +154,22 @@ def fuse(
     scores = load_scores(scores_dir)
     check_output(out, inputs=[scores_dir], overwrite=overwrite)
     family = _open(scores, dict(models or {}), device=device, resident=resident, trust_remote_code=trust_remote_code)
+    checkpoints = {BASE: family.base, **family.experts}
+    inputs = [scores_dir, *(checkpoint.path for checkpoint in checkpoints.values())]
+    check_output(out, inputs=inputs, overwrite=overwrite)
+    if not plan_only:  # before minutes are spent on choosing scales
+        check_space(out, total=_weight_bytes(family.base, dtype))
     grouping = make_grouping(family.layout, settings.level)
-    arrays = [{kind: scores.array(name, name, kind) for kind in family.layout.counts} for name in scores.experts]
-    stacked = stack_scores(family.layout, grouping, arrays)
+    stacked = stack_scores(
+        family.layout, grouping, [_own_scores(scores, name, family.layout) for name in scores.experts]
+    )
+    buffers = {name: Coefficient(values=torch.tensor(0.0)) for name in family.base.tensors if BUFFERS.search(name)}
 
     def coefficients(scales: Mapping[str, float]) -> dict[str, dict[str, Coefficient]]:
         ordered = torch.tensor([scales[name] for name in scores.experts], dtype=torch.float64)
         values = apply_rule(rule, stacked, grouping.sizes, ordered)
         return {
-            name: tensor_coefficients(family.layout, grouping, values[number])
+            name: tensor_coefficients(family.layout, grouping, values[number]) | buffers
             for number, name in enumerate(scores.experts)
         }
 
@@ -162,11 +185,9 @@ def fuse(
         granularity=settings.level,
         provenance=provenance(settings, started, scales=scales, held_out_retention=kept, device=device),
     )
-    checkpoints = {BASE: family.base, **family.experts}
     tell("recipe", 0, 1)
     recipe = recipe_text(plan, checkpoints)
     check_with_mergekit(recipe, plan, family.base)
-    inputs = [scores_dir, *(checkpoint.path for checkpoint in checkpoints.values())]
     summary = None
     if plan_only:
         with output_directory(out, inputs=inputs, overwrite=overwrite) as staging:
@@ -184,6 +205,19 @@ def fuse(
             progress=lambda done, total: tell("writing", done, total),
         )
     return FuseResult(plan=plan, scales=scales, retention=kept, summary=summary, out=out)
+
+
+def _weight_bytes(base: Checkpoint, dtype: torch.dtype | None) -> int:
+    return sum(info.numel * job_dtype(info.dtype, dtype).itemsize for info in base.tensors.values())
+
+
+def _own_scores(scores: Scores, name: str, layout: Layout) -> UnitArrays:
+    """An expert's recoveries on its own capability; NaN for kinds of units that were left out of the scoring."""
+    found = empty_arrays(layout)
+    for kind in found:
+        if f"linear/{name}/{name}/{kind}" in scores.arrays:
+            found[kind] = scores.array(name, name, kind)
+    return found
 
 
 def _open(scores: Scores, models: dict[str, str], *, device: str, resident: bool, trust_remote_code: bool) -> Family:

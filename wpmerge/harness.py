@@ -110,7 +110,7 @@ def run_model(
         template = _template(lm) if settings.chat_template is not False else None
         if template is None and settings.chat_template:
             raise EvaluationError(
-                "A chat template is asked for, and the tokenizer has none.", where=name, mend="leave the option out"
+                "a chat template is asked for, and the tokenizer has none", where=name, mend="leave the option out"
             )
         cached = _caching(lm, cache, progress)
         try:
@@ -149,7 +149,7 @@ def _open(name: str, model: Model, settings: HarnessSettings) -> Any:
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise EvaluationError(
-            "A model cannot be loaded.",
+            "a model cannot be loaded",
             where=f"{name}: {model if isinstance(model, str | Path) else 'loaded model'}",
             got=f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}",
             expected=f"what lm-eval's {settings.backend!r} model class can load",
@@ -173,9 +173,9 @@ def open_source(name: str, model: Model, settings: HarnessSettings) -> Model:
         return folder
     if (folder / "adapter_config.json").is_file():
         raise EvaluationError(
-            "A LoRA adapter alone is no model.", where=f"{name}: {model}", mend="evaluate it merged into its base"
+            "a LoRA adapter alone is no model", where=f"{name}: {model}", mend="evaluate it merged into its base"
         )
-    raise EvaluationError("A model is no checkpoint.", where=f"{name}: {model}", expected="a config.json in it")
+    raise EvaluationError("a model is no checkpoint", where=f"{name}: {model}", expected="a config.json in it")
 
 
 def model_identity(model: Model) -> tuple[Model, dict[str, Any]]:
@@ -220,7 +220,7 @@ def _check_room(name: str, lm: Any, suite: TaskSuite, settings: HarnessSettings)
     window, new = getattr(lm, "max_length", None), _new_tokens(suite, settings)
     if isinstance(window, int) and new >= window:
         raise EvaluationError(
-            "The response may be as long as the model's whole window.",
+            "the response may be as long as the model's whole window.",
             where=name,
             got=f"{new} new tokens",
             expected=f"fewer than {window}",
@@ -305,7 +305,7 @@ def _run_halving(
             batch = getattr(lm, "batch_size_per_gpu", None)
             if not isinstance(batch, int) or batch <= 1:
                 raise EvaluationError(
-                    "Memory ran out.",
+                    "memory ran out",
                     where=name,
                     got=f"batch size {batch}",
                     mend="fewer new tokens (--max-gen-tokens), another --device, or a backend that splits the model",

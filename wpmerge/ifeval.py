@@ -145,7 +145,7 @@ def require_punkt(instruction_ids: set[str], *, where: object) -> None:
         nltk.data.find(f"{_PUNKT}/")
     except LookupError:
         raise EvaluationError(
-            "These instruction types are judged with nltk's sentence splitter, whose tables are not installed.",
+            "these instruction types are judged with nltk's sentence splitter, whose tables are not installed.",
             where=where,
             got=", ".join(sorted(needed)),
             expected="nltk's punkt_tab tables",
@@ -171,7 +171,7 @@ def check_response(
     """
     if instruction_id not in ifeval_checkers():
         raise EvaluationError(
-            "Unknown IFEval instruction.", got=instruction_id, expected=", ".join(sorted(ifeval_checkers()))
+            "unknown IFEval instruction", got=instruction_id, expected=", ".join(sorted(ifeval_checkers()))
         )
     require_punkt({instruction_id}, where=instruction_id)
     utils = importlib.import_module("lm_eval.tasks.ifeval.utils")

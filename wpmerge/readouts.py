@@ -8,7 +8,7 @@ Shape suffixes: U patched copies of the model, T tokens of a row, D residual wid
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +19,7 @@ from wpmerge.rows import Row
 from wpmerge.weights import Weights, WeightSource
 
 
+@runtime_checkable
 class Readout(Protocol):
     """A differentiable scalar of a capability."""
 
@@ -170,7 +171,7 @@ class Trace:
     """
 
     entries: list[Entry]
-    hidden: list[list[Float[Tensor, "1 T D"]]]
+    hidden: list[list[Float[Tensor, "1 _ D"]]]
 
 
 @torch.no_grad()
@@ -206,7 +207,7 @@ def read_states(
     outer: Weights,
     rows: Sequence[Row],
     readout: Readout,
-    states: Sequence[Float[Tensor, "U T D"]],
+    states: Sequence[Float[Tensor, "U _ D"]],
 ) -> Float[Tensor, "U items"]:
     """Read finished residual streams, row by row, and add up."""
     total = torch.zeros(len(states[0]), readout.items, dtype=states[0].dtype, device=states[0].device)

@@ -56,7 +56,8 @@ class Verification(_Record):
         units: the verified units.
         spearman: rank correlation of screen and exact over all verified units.
         spearman_random: the same over the random draw alone; None if the draw has fewer than 3 units.
-        recall: share of the K strongest verified units (by |exact|) that were among the screen's top K.
+        recall: share of the K strongest verified units (by |exact|) that were among the screen's top K; None if none
+            were drawn as top.
         largest_error: largest |exact − screen| of the random draw, a fraction of the gap.
         missed_share: upper 95% confidence bound on the share of unverified units that are stronger (by |exact|) than
             the weakest of the K strongest found.
@@ -65,7 +66,7 @@ class Verification(_Record):
     units: tuple[Verified, ...]
     spearman: float | None
     spearman_random: float | None
-    recall: float
+    recall: float | None
     largest_error: float | None
     missed_share: float | None
 
@@ -189,7 +190,12 @@ class Scores:
         """
         key = f"{estimator}/{label}/{expert}/{kind}"
         if key not in self.arrays:
-            raise WpmergeError("there is no such score", got=key, expected=", ".join(sorted(self.arrays)[:12]) + ", …")
+            raise WpmergeError(
+                "there is no such score",
+                got=key,
+                expected=", ".join(sorted(self.arrays)[:12]) + ", …",
+                mend="score again, without --kind if kinds were left out",
+            )
         return self.arrays[key]
 
     def save(self, directory: Path) -> None:

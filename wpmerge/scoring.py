@@ -3,107 +3,46 @@
 import hashlib
 import json
 import math
-import platform
 import re
-import resource
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wpmerge.anchor import Anchor, anchor_readout, fit_anchor, last_token_states
-from wpmerge.arch import KINDS, Kind
+from wpmerge.anchor import Anchor
 from wpmerge.attribution import UnitArrays, linear
-from wpmerge.capability import Capability, load_capability, reference_sequences
+from wpmerge.capability import Capability, load_capability
 from wpmerge.errors import AnchorError, CapabilityError
 from wpmerge.gradients import integrated
-from wpmerge.models import Family, continuations, open_family
-from wpmerge.output import check_output, check_space, output_directory, write_file
+from wpmerge.models import Family, open_family
+from wpmerge.output import check_output, check_space, output_directory
+from wpmerge.pieces import Pieces
 from wpmerge.plan import input_model
-from wpmerge.readouts import LogProbReadout, Readout, measure
-from wpmerge.rows import Row, pack
-from wpmerge.scores import (
-    AnchorCurvePoint,
-    CapabilityRecord,
-    HeldOut,
-    ReadoutName,
-    ReadoutRecord,
-    Scores,
+from wpmerge.provenance import provenance
+from wpmerge.readings import (
+    Case,
+    Progress,
+    Reading,
+    ScoreSettings,
+    capability_record,
+    fit_case_anchor,
+    make_reading,
+    prepare_case,
 )
+from wpmerge.readouts import measure
+from wpmerge.rows import Row
+from wpmerge.scores import AnchorCurvePoint, ReadoutName, ReadoutRecord, Scores
 from wpmerge.screening import verify
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, units of it done, and units in all."""
 
 NAME = re.compile(r"(?!base$)[A-Za-z0-9][\w.-]*", re.ASCII)
 """Of experts and capabilities: "/" and "@" part the keys of arrays, pieces are files, and plans name the base so."""
 
 LEAST_GAP_T = 2.0
 """A gap whose t-statistic over prompts is below this may be no gap."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreSettings:
-    """What ``wpmerge score`` may be told.
-
-    Attributes:
-        readouts: the first one's scores carry the capability's own name and are what coefficients rest on.
-        prompts: prompts (or pairs) per capability to score on.
-        held_out: further prompts per capability, kept for choosing coefficients.
-        reference_tokens: longest reference, tokens.
-        top: strongest units of each kind to verify; 0 with ``sample`` 0 verifies nothing.
-        sample: random others of each kind to verify.
-        verify_prompts: prompts the verification uses.
-        kinds: unit kinds to score.
-        cross: score every expert's units on every capability, not only on its own.
-        integrated_points: Gauss–Legendre points of the integrated estimator; 0 leaves it out.
-        layer: l* for every anchor, instead of choosing.
-        accept_anchor: go on with an unreliable anchor or gap.
-        tokens_per_row: tokens packed into one row.
-        seed: of prompt splits and random draws.
-    """
-
-    readouts: tuple[ReadoutName, ...] = ("reference", "anchor")
-    prompts: int = 32
-    held_out: int = 16
-    reference_tokens: int = 48
-    top: int = 32
-    sample: int = 64
-    verify_prompts: int = 4
-    kinds: tuple[Kind, ...] = KINDS
-    cross: bool = True
-    integrated_points: int = 0
-    layer: int | None = None
-    accept_anchor: bool = False
-    tokens_per_row: int = 384
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Case:
-    """One capability, split, with its references as tokens."""
-
-    scored: Capability
-    held_out: HeldOut
-    sequences: list[list[int]]
-    starts: list[int]
-    references: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Reading:
-    """A readout with the rows it reads, on all scored prompts or some."""
-
-    readout: Readout
-    rows: list[Row]
 
 
 def score(
@@ -150,12 +89,12 @@ def score(
     check_space(out, total=_bytes(family, loaded, settings))
     fingerprint = _fingerprint(family, loaded, settings)
     with output_directory(out, inputs=inputs, overwrite=overwrite, fingerprint=fingerprint) as staging:
-        pieces = _Pieces(staging / "pieces")
+        pieces = Pieces(staging / "pieces")
         arrays: dict[str, Tensor] = {}
         readouts: dict[str, ReadoutRecord] = {}
         cases = {}
         for name, capability in loaded.items():
-            cases[name] = _prepare(family, capability, settings, pieces, tell)
+            cases[name] = prepare_case(family, capability, settings, pieces, tell)
             for number, readout in enumerate(settings.readouts):
                 label = name if number == 0 else f"{name}@{readout}"
                 record, found = _score_readout(family, cases[name], readout, label, settings, pieces, tell)
@@ -168,7 +107,7 @@ def score(
             layers=family.layout.layers,
             counts={str(kind): count for kind, count in family.layout.counts.items()},
             labels={str(k): names for k in family.layout.counts if (names := family.layout.labels(k)) is not None},
-            capabilities={name: _capability_record(loaded[name], case) for name, case in cases.items()},
+            capabilities={name: capability_record(loaded[name], case) for name, case in cases.items()},
             readouts=readouts,
             arrays=arrays,
             provenance=provenance(settings, started, device=device),
@@ -231,49 +170,21 @@ def _fingerprint(family: Family, capabilities: Mapping[str, Capability], setting
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _prepare(
-    family: Family, capability: Capability, settings: ScoreSettings, pieces: "_Pieces", tell: Progress
-) -> _Case:
-    """Split a capability, and let its expert write references where none are given."""
-    scored, held_out = capability.split(scoring=settings.prompts, held_out=settings.held_out, seed=settings.seed)
-    replies: list[list[int]] | None = None
-    if not capability.has_references:
-        texts = [prompt.prompt for prompt in (*scored.prompts, *held_out.prompts)]
-
-        def write() -> dict[str, Any]:
-            tell(f"{capability.name}: the expert's own replies", 0, 1)
-            return {"replies": continuations(family, capability.name, texts, tokens=settings.reference_tokens)}
-
-        replies = pieces.record(f"replies-{capability.name}", write)["replies"]
-    count = len(scored.prompts)
-    parts = (replies[:count], replies[count:]) if replies is not None else (None, None)
-    limit = settings.reference_tokens
-    sequences, starts = reference_sequences(family.chat, scored, parts[0], limit=limit)
-    other, other_starts = reference_sequences(family.chat, held_out, parts[1], limit=limit)
-    kept = HeldOut(
-        prompts=tuple(prompt.prompt for prompt in held_out.prompts),
-        sequences=tuple(tuple(sequence) for sequence in other),
-        starts=tuple(other_starts),
-    )
-    references = "given" if replies is None else "expert"
-    return _Case(scored=scored, held_out=kept, sequences=sequences, starts=starts, references=references)
-
-
 def _score_readout(
     family: Family,
-    case: _Case,
+    case: Case,
     name: ReadoutName,
     label: str,
     settings: ScoreSettings,
-    pieces: "_Pieces",
+    pieces: Pieces,
     tell: Progress,
 ) -> tuple[ReadoutRecord, dict[str, Tensor]]:
     """One readout of one capability: gap, estimates for the experts, verification of its own expert's."""
     own = case.scored.name
     engine, base = family.engine, family.weights[""]
     tell(f"{label}: gap", 0, 1)
-    anchor = _fit(family, case, settings) if name == "anchor" else None
-    reading = _reading(family, case, anchor, settings, count=len(case.scored.prompts))
+    anchor = fit_case_anchor(family, case, settings) if name == "anchor" else None
+    reading = make_reading(family, case, anchor, settings, count=len(case.scored.prompts))
     before = measure(engine, base, reading.rows, reading.readout).double()
     after = measure(engine, family.weights[own], reading.rows, reading.readout).double()
     gap, t = _gap(before, after, label, accept=settings.accept_anchor)
@@ -310,45 +221,8 @@ def _score_readout(
         arrays |= {f"integrated/{label}/{own}/{kind}": (array / gap).float() for kind, array in shares.items()}
         record["integrated_residual"] = residual / gap
     if settings.top or settings.sample:
-        record |= pieces.record(f"verify-{label}", lambda: _verify(family, case, anchor, label, settings, tell))
+        record |= pieces.record(f"verify-{label}", lambda: _verify(family, case, anchor, label, gap, settings, tell))
     return ReadoutRecord.model_validate(record), arrays
-
-
-def _fit(family: Family, case: _Case, settings: ScoreSettings) -> Anchor:
-    prompts = case.scored.prompts
-    rows = pack(_anchor_sequences(family, case, len(prompts)), tokens_per_row=settings.tokens_per_row)
-    kind = "contrast" if case.scored.has_pairs else "pair"
-    count = len(prompts) * (2 if kind == "contrast" else 1)
-    states = [last_token_states(family.engine, family.weights[name], rows, count) for name in (case.scored.name, "")]
-    if kind == "contrast":
-        states = [found[0::2] - found[1::2] for found in states]
-    return fit_anchor(
-        states[0],
-        states[1],
-        kind="contrast" if kind == "contrast" else "pair",
-        name=case.scored.name,
-        layer=settings.layer,
-        accept=settings.accept_anchor,
-    )
-
-
-def _anchor_sequences(family: Family, case: _Case, count: int) -> list[list[int]]:
-    texts = []
-    for prompt in case.scored.prompts[:count]:
-        texts += [prompt.prompt] if prompt.without is None else [prompt.prompt, prompt.without]
-    return [family.chat.prompt_tokens(text) for text in texts]
-
-
-def _reading(family: Family, case: _Case, anchor: Anchor | None, settings: ScoreSettings, *, count: int) -> _Reading:
-    """The readout on the first ``count`` scored prompts."""
-    if anchor is not None:
-        sequences = _anchor_sequences(family, case, count)
-        readout: Readout = anchor_readout(anchor, count)
-    else:
-        sequences = case.sequences[:count]
-        last = family.layout.layers - 1
-        readout = LogProbReadout(layer=last, sequences=sequences, starts=case.starts[:count])
-    return _Reading(readout=readout, rows=pack(sequences, tokens_per_row=settings.tokens_per_row))
 
 
 def _gap(
@@ -376,7 +250,7 @@ HELD_BYTES = 1 << 30
 def _linear_in_parts(
     family: Family,
     experts: Sequence[str],
-    reading: _Reading,
+    reading: Reading,
     settings: ScoreSettings,
     tell: Callable[[int, int], None],
 ) -> list[UnitArrays]:
@@ -410,23 +284,25 @@ def _row_groups(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
 
 
 def _verify(
-    family: Family, case: _Case, anchor: Anchor | None, label: str, settings: ScoreSettings, tell: Progress
+    family: Family,
+    case: Case,
+    anchor: Anchor | None,
+    label: str,
+    gap: float,
+    settings: ScoreSettings,
+    tell: Progress,
 ) -> dict[str, Any]:
-    """Exact patching of the screen's top and of a sample, on the first prompts."""
+    """Exact patching of the screen's top and of a sample, on the first prompts, as fractions of the whole gap."""
     own = case.scored.name
     count = min(settings.verify_prompts, len(case.scored.prompts))
-    reading = _reading(family, case, anchor, settings, count=count)
-    base, expert = family.weights[""], family.weights[own]
-    values = [
-        measure(family.engine, source, reading.rows, reading.readout).double().mean() for source in (base, expert)
-    ]
+    reading = make_reading(family, case, anchor, settings, count=count)
     found, noise = verify(
         family.engine,
-        base,
-        expert,
+        family.weights[""],
+        family.weights[own],
         reading.rows,
         reading.readout,
-        gap=float(values[1] - values[0]),
+        gap=gap,
         kinds=settings.kinds,
         top=settings.top,
         sample=settings.sample,
@@ -435,58 +311,3 @@ def _verify(
     )
     verification = {str(kind): entry.model_dump(mode="json") for kind, entry in found.items()}
     return {"verification": verification, "noise_floor": noise}
-
-
-def _capability_record(capability: Capability, case: _Case) -> CapabilityRecord:
-    return CapabilityRecord(
-        source=capability.source,
-        content_hash=capability.content_hash(),
-        scored=tuple(prompt.prompt for prompt in case.scored.prompts),
-        references="given" if case.references == "given" else "expert",
-        held_out=case.held_out,
-    )
-
-
-def provenance(settings: object, started: float, **more: Any) -> dict[str, Any]:
-    """What a reader needs to repeat a result: settings, versions, machine, seconds, peak memory in bytes."""
-    packages = ("wpmerge", "torch", "transformers", "safetensors", "numpy")
-    return {
-        "settings": json.loads(json.dumps(settings, default=_plain)),
-        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
-        "machine": platform.machine(),
-        "seconds": round(time.monotonic() - started, 3),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024),
-        **more,
-    }
-
-
-def _plain(value: object) -> Any:
-    slots = getattr(type(value), "__slots__", None)
-    return {name: getattr(value, name) for name in slots} if slots else str(value)
-
-
-class _Pieces:
-    """Finished parts of a run on disk, so that a killed run continues where it was."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        directory.mkdir(exist_ok=True)
-
-    def tensors(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        path = self._directory / f"{key}.safetensors"
-        if not path.exists():
-            made = {name: value.contiguous() for name, value in compute().items()}
-            write_file(path, safetensors.torch.save(made))
-        found: dict[str, Tensor] = safetensors.torch.load(path.read_bytes())
-        return found
-
-    def record(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        path = self._directory / f"{key}.json"
-        if not path.exists():
-            write_file(path, json.dumps(compute()))
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
-
-    def remove(self) -> None:
-        shutil.rmtree(self._directory)

@@ -59,7 +59,7 @@ def verify(
         expert: where units come from.
         rows: the prompts to verify on.
         readout: F.
-        gap: F(expert) − F(base) on these prompts.
+        gap: what effects are fractions of; from all prompts, since that of a few may be near 0.
         top: units per kind, by |estimate|.
         sample: units per kind drawn from the rest.
         seed: of the draw.
@@ -108,9 +108,11 @@ def _noise_floor(
     sequences = _sequences(rows)
     other = pack(sequences, tokens_per_row=max(map(len, sequences)) * 2)
     units = list(effects)
+    if not units:
+        return 0.0
     second = exact(engine, base, expert, other, readout, units, batch_tokens=1)
     first = torch.stack([effects[unit] for unit in units])
-    return float((first.mean(dim=1) - second.mean(dim=1)).abs().max()) if units else 0.0
+    return float((first.mean(dim=1) - second.mean(dim=1)).abs().max())
 
 
 def _sequences(rows: Sequence[Row]) -> list[list[int]]:
@@ -153,7 +155,7 @@ def summarise(units: Sequence[Verified], *, unverified: int) -> Verification:
         units=tuple(units),
         spearman=_spearman(units),
         spearman_random=_spearman(draw),
-        recall=sum(unit.drawn == "top" for unit in strongest) / max(1, len(strongest)),
+        recall=sum(unit.drawn == "top" for unit in strongest) / len(strongest) if strongest else None,
         largest_error=max((abs(unit.exact - unit.screen) for unit in draw), default=None),
         missed_share=_upper_share(exceeding, len(draw)) if draw and unverified else None,
     )

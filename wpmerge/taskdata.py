@@ -40,7 +40,7 @@ def in_memory(rows: Mapping[str, list[dict[str, Any]]]) -> Callable[..., Any]:
             return datasets.DatasetDict({split: datasets.Dataset.from_list(found) for split, found in rows.items()})
         except (TypeError, ValueError) as error:  # pyarrow's own errors derive from these
             raise EvaluationError(
-                "The documents of a local file do not fit in one table.", got=error, expected="one type for each field"
+                "the documents of a local file do not fit in one table", got=error, expected="one type for each field"
             ) from error
 
     return local_rows
@@ -55,7 +55,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError("A task's local data cannot be read.", where=path, got=error) from error
+        raise EvaluationError("a task's local data cannot be read.", where=path, got=error) from error
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -63,17 +63,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise EvaluationError("A line is not JSON.", where=f"{path}, line {number}", got=error) from error
+            raise EvaluationError("a line is not JSON", where=f"{path}, line {number}", got=error) from error
         if not isinstance(row, dict):
             raise EvaluationError(
-                "A line is not a JSON object.",
+                "a line is not a JSON object",
                 where=f"{path}, line {number}",
                 got=type(row).__name__,
                 expected="an object",
             )
         rows.append(row)
     if not rows:
-        raise EvaluationError("A task's local data are empty.", where=path, expected="one JSON object a line")
+        raise EvaluationError("a task's local data are empty.", where=path, expected="one JSON object a line")
     return rows
 
 
@@ -86,7 +86,7 @@ def check_fields(rows: Sequence[Mapping[str, Any]], fields: Sequence[str], path:
     for number, row in enumerate(rows, start=1):
         if missing := [field for field in fields if field not in row]:
             raise EvaluationError(
-                "A document lacks a field.",
+                "a document lacks a field",
                 where=f"{path}, document {number}",
                 got=f"no {', '.join(missing)}",
                 expected=", ".join(fields),
@@ -106,7 +106,7 @@ def check_ifeval(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         ids, kwargs = row["instruction_id_list"], row["kwargs"]
         if not isinstance(ids, list) or not isinstance(kwargs, list) or not ids or len(ids) != len(kwargs):
             raise EvaluationError(
-                "Instructions and their arguments do not pair up.",
+                "instructions and their arguments do not pair up",
                 where=where,
                 got=f"{ids} and {kwargs}",
                 expected="two lists of one length, at least 1",
@@ -115,7 +115,7 @@ def check_ifeval(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             if each not in known:
                 near = difflib.get_close_matches(str(each), known, n=3)
                 raise EvaluationError(
-                    "Unknown IFEval instruction.", where=where, got=each, expected=", ".join(near or sorted(known))
+                    "unknown IFEval instruction", where=where, got=each, expected=", ".join(near or sorted(known))
                 )
 
 

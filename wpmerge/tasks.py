@@ -82,7 +82,7 @@ def load_tasks(
     names = expand_presets(tasks, data)
     if stray := sorted(set(data) - set(names)):
         raise EvaluationError(
-            "Data are given for a task that is not evaluated.",
+            "data are given for a task that is not evaluated",
             got=", ".join(stray),
             expected=", ".join(names),
             mend="name the task among the tasks too",
@@ -148,7 +148,7 @@ def expand_presets(tasks: Sequence[str], data: Iterable[str] = ()) -> tuple[str,
         if task == "instruct":
             names += data
     if not names:
-        raise EvaluationError("No task to evaluate.", expected=f"a task name or a preset: {', '.join(PRESETS)}")
+        raise EvaluationError("no task to evaluate", expected=f"a task name or a preset: {', '.join(PRESETS)}")
     return tuple(dict.fromkeys(names))
 
 
@@ -174,7 +174,7 @@ def _load_task(name: str, manager: Any, files: Mapping[str, Path] | None, *, uns
     if entry is None and files is None:
         near = difflib.get_close_matches(name, {*manager.all_tasks, *PRESETS}, n=5)
         raise EvaluationError(
-            "Unknown task.",
+            "unknown task",
             got=name,
             expected=f"one of lm-eval's tasks{'; near: ' + ', '.join(near) if near else ''}",
             mend="lm-eval ls tasks lists them all; a local file makes a task of its own through task data",
@@ -186,14 +186,14 @@ def _load_task(name: str, manager: Any, files: Mapping[str, Path] | None, *, uns
         return manager._load_spec(name if files is None else config)
     except ImportError as error:
         raise EvaluationError(
-            "A task needs a package that is not installed.",
+            "a task needs a package that is not installed",
             where=name,
             got=error,
             mend="install it, or leave the task out",
         ) from error
     except (OSError, ValueError) as error:
         raise EvaluationError(
-            "The documents of a task are not at hand.",
+            "the documents of a task are not at hand",
             where=name,
             got=f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}",
             expected="its data set on the hub or in the hub's cache, or a local file",
@@ -208,7 +208,7 @@ def _config(name: str, entry: Any, manager: Any, files: Mapping[str, Path] | Non
     if entry is not None and entry.kind.name != "TASK":
         if files is not None:
             raise EvaluationError(
-                "Local documents can stand in for one task, not for a group of tasks.",
+                "local documents can stand in for one task, not for a group of tasks",
                 where=name,
                 got=entry.kind.name.lower(),
                 mend="give them for the group's tasks by name",
@@ -264,7 +264,7 @@ def _name_splits(
     needed = {str(evaluated)} | ({str(shots)} if config.get("num_fewshot") else set())
     if missing := sorted(needed - set(named)):
         raise EvaluationError(
-            "A task reads a split that its local data lack.",
+            "a task reads a split that its local data lack",
             where=name,
             got=", ".join(sorted(named)),
             expected=", ".join(sorted(needed)),
@@ -291,7 +291,7 @@ def _check_leaf(name: str, task: Any, *, unsafe_code: bool) -> None:
 
 def _runs_code(name: str) -> EvaluationError:
     return EvaluationError(
-        "This task runs code that the model wrote, on this machine.",
+        "this task runs code that the model wrote, on this machine",
         where=name,
         expected="consent",
         mend="run it where that is safe and say so with --confirm-unsafe-code",

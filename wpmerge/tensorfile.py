@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from jaxtyping import Shaped
@@ -60,6 +60,7 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
+@runtime_checkable
 class TensorFile(Protocol):
     """One file of tensors, readable by name and element range."""
 
@@ -261,6 +262,8 @@ def _check_header(path: Path, header: dict[str, Any], data_start: int, data_byte
 
 def _check_entry(path: Path, name: str, entry: Any, data_start: int, data_bytes: int) -> TensorInfo:
     fields = entry if isinstance(entry, dict) else {}
+    if not name.isprintable():  # half a surrogate pair among them, which no file can hold
+        raise CheckpointError("a weights file has a malformed header", where=path, got=f"the name {name!r}")
     dtype, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not _are_sizes(shape) or not _are_sizes(span) or len(span) != 2 or span[0] > span[1]:
         raise CheckpointError(f"tensor {name} has a malformed header entry", where=path, got=str(entry)[:200])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ Weights = dict[str, Tensor]
 """Name → tensor: relative to the layer for the weights of a layer, canonical for the rest."""
 
 
+@runtime_checkable
 class WeightSource(Protocol):
     """A model's weights, asked for one layer at a time."""
 

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-import world
+from benchmarks.demo_family import world
 
 EVAL_PER_INSTRUCTION = 40
 SCORE_PER_INSTRUCTION = 48

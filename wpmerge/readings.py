@@ -1,0 +1,148 @@
+"""From a capability's prompts to readouts: split, let the expert reply, fit the anchor, pack what is read."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from wpmerge.anchor import Anchor, anchor_readout, fit_anchor, last_token_states
+from wpmerge.arch import KINDS, Kind
+from wpmerge.capability import Capability, reference_sequences
+from wpmerge.models import Family, continuations
+from wpmerge.pieces import Pieces
+from wpmerge.readouts import LogProbReadout, Readout
+from wpmerge.rows import Row, pack
+from wpmerge.scores import CapabilityRecord, HeldOut, ReadoutName
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, units of it done, and units in all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreSettings:
+    """What ``wpmerge score`` may be told.
+
+    Attributes:
+        readouts: the first one's scores carry the capability's own name and are what coefficients rest on.
+        prompts: prompts (or pairs) per capability to score on.
+        held_out: further prompts per capability, kept for choosing coefficients.
+        reference_tokens: longest reference, tokens.
+        top: strongest units of each kind to verify; 0 with ``sample`` 0 verifies nothing.
+        sample: random others of each kind to verify.
+        verify_prompts: prompts the verification uses.
+        kinds: unit kinds to score.
+        cross: score every expert's units on every capability, not only on its own.
+        integrated_points: Gauss–Legendre points of the integrated estimator; 0 leaves it out.
+        layer: l* for every anchor, instead of choosing.
+        accept_anchor: go on with an unreliable anchor or gap.
+        tokens_per_row: tokens packed into one row.
+        seed: of prompt splits and random draws.
+    """
+
+    readouts: tuple[ReadoutName, ...] = ("reference", "anchor")
+    prompts: int = 32
+    held_out: int = 16
+    reference_tokens: int = 48
+    top: int = 32
+    sample: int = 64
+    verify_prompts: int = 4
+    kinds: tuple[Kind, ...] = KINDS
+    cross: bool = True
+    integrated_points: int = 0
+    layer: int | None = None
+    accept_anchor: bool = False
+    tokens_per_row: int = 384
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One capability, split, with its references as tokens."""
+
+    scored: Capability
+    held_out: HeldOut
+    sequences: list[list[int]]
+    starts: list[int]
+    references: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """A readout with the rows it reads, on all scored prompts or some."""
+
+    readout: Readout
+    rows: list[Row]
+
+
+def prepare_case(
+    family: Family, capability: Capability, settings: ScoreSettings, pieces: Pieces, tell: Progress
+) -> Case:
+    """Split a capability, and let its expert write references where none are given."""
+    scored, held_out = capability.split(scoring=settings.prompts, held_out=settings.held_out, seed=settings.seed)
+    replies: list[list[int]] | None = None
+    if not capability.has_references:
+        texts = [prompt.prompt for prompt in (*scored.prompts, *held_out.prompts)]
+
+        def write() -> dict[str, Any]:
+            tell(f"{capability.name}: the expert's own replies", 0, 1)
+            return {"replies": continuations(family, capability.name, texts, tokens=settings.reference_tokens)}
+
+        replies = pieces.record(f"replies-{capability.name}", write)["replies"]
+    count = len(scored.prompts)
+    parts = (replies[:count], replies[count:]) if replies is not None else (None, None)
+    limit = settings.reference_tokens
+    sequences, starts = reference_sequences(family.chat, scored, parts[0], limit=limit)
+    other, other_starts = reference_sequences(family.chat, held_out, parts[1], limit=limit)
+    kept = HeldOut(
+        prompts=tuple(prompt.prompt for prompt in held_out.prompts),
+        sequences=tuple(tuple(sequence) for sequence in other),
+        starts=tuple(other_starts),
+    )
+    references = "given" if replies is None else "expert"
+    return Case(scored=scored, held_out=kept, sequences=sequences, starts=starts, references=references)
+
+
+def fit_case_anchor(family: Family, case: Case, settings: ScoreSettings) -> Anchor:
+    prompts = case.scored.prompts
+    rows = pack(_anchor_sequences(family, case, len(prompts)), tokens_per_row=settings.tokens_per_row)
+    kind = "contrast" if case.scored.has_pairs else "pair"
+    count = len(prompts) * (2 if kind == "contrast" else 1)
+    states = [last_token_states(family.engine, family.weights[name], rows, count) for name in (case.scored.name, "")]
+    if kind == "contrast":
+        states = [found[0::2] - found[1::2] for found in states]
+    return fit_anchor(
+        states[0],
+        states[1],
+        kind="contrast" if kind == "contrast" else "pair",
+        name=case.scored.name,
+        layer=settings.layer,
+        accept=settings.accept_anchor,
+    )
+
+
+def _anchor_sequences(family: Family, case: Case, count: int) -> list[list[int]]:
+    texts = []
+    for prompt in case.scored.prompts[:count]:
+        texts += [prompt.prompt] if prompt.without is None else [prompt.prompt, prompt.without]
+    return [family.chat.prompt_tokens(text) for text in texts]
+
+
+def make_reading(family: Family, case: Case, anchor: Anchor | None, settings: ScoreSettings, *, count: int) -> Reading:
+    """The readout on the first ``count`` scored prompts."""
+    if anchor is not None:
+        sequences = _anchor_sequences(family, case, count)
+        readout: Readout = anchor_readout(anchor, count)
+    else:
+        sequences = case.sequences[:count]
+        last = family.layout.layers - 1
+        readout = LogProbReadout(layer=last, sequences=sequences, starts=case.starts[:count])
+    return Reading(readout=readout, rows=pack(sequences, tokens_per_row=settings.tokens_per_row))
+
+
+def capability_record(capability: Capability, case: Case) -> CapabilityRecord:
+    return CapabilityRecord(
+        source=capability.source,
+        content_hash=capability.content_hash(),
+        scored=tuple(prompt.prompt for prompt in case.scored.prompts),
+        references="given" if case.references == "given" else "expert",
+        held_out=case.held_out,
+    )
