@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SHARED ?= ../shared
 
-.PHONY: demo test lint format clean
+.PHONY: demo test soak lint format clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,6 +25,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED) $(FAMILY)
 	$(BIN)/python -m pytest
+
+# The faults of tests/test_faults.py at full count: 200 kills, 10,000 mutations.
+soak: $(INSTALLED)
+	WPMERGE_KILLS=200 WPMERGE_MUTATIONS=10000 $(BIN)/python -m pytest --timeout 3600 tests/test_faults.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -59,8 +59,8 @@ def test_in_place_is_pure(
     tensors = [torch.randn(shape, generator=generator).to(stored) for _ in range(len(axes) + 1)]
     opened = [open_checkpoint(write_checkpoint(place / str(i), {"x": tensor})) for i, tensor in enumerate(tensors)]
     coefficients = []
-    for axis in axes:
-        axis = axis if axis is not None and axis < len(shape) else None
+    for wanted in axes:
+        axis = wanted if wanted is not None and wanted < len(shape) else None
         values = torch.rand(() if axis is None else shape[axis], generator=generator) - 0.5 * negative
         coefficients.append(Coefficient(values=values, axis=axis))
     if method == "task_arithmetic":

@@ -220,6 +220,10 @@ def edit_index(change):
     return apply
 
 
+SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+OTHER = dict(zip(SHARDS, reversed(SHARDS), strict=True))
+
+
 def long_header(made):
     rewrite_header(weights(made), lambda text: text + " " * 100 * 2**20)
 
@@ -261,7 +265,7 @@ HOSTILE = {
     "100 MB of header": (long_header, "header too large"),
     "index outside": (edit_index(lambda mapping, made: mapping.update({UP: "../base/model.safetensors"})), "outside"),
     "index at the wrong shard": (
-        edit_index(lambda mapping, made: mapping.update({UP: "model-00002-of-00002.safetensors"}) if mapping[UP].startswith("model-00001") else mapping.update({UP: "model-00001-of-00002.safetensors"})),
+        edit_index(lambda mapping, made: mapping.update({UP: OTHER[mapping[UP]]})),
         "which it does not",
     ),
     "a shard missing": (without_shard, "a shard is missing"),

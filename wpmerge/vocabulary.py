@@ -92,7 +92,7 @@ def match_vocabulary(
 
 
 def _resize(name: str, model: Checkpoint, chosen: Checkpoint, rows: int, wanted: int) -> Checkpoint:
-    if rows == wanted and model.tokenizer_path == chosen.tokenizer_path:
+    if rows == wanted and not tokenizer_differences(model.tokenizer_path, chosen.tokenizer_path):
         return model
     shapes = {tensor: (wanted, *info.shape[1:]) for tensor, info in model.tensors.items() if _has_vocabulary(tensor)}
     if rows > wanted:
