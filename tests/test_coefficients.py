@@ -199,7 +199,6 @@ def test_select_never_gives_the_scale_to_more_than_its_share(
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"rule": "joint"},
         {"power": -0.1},
         {"power": 4.1},
         {"power": NAN},
@@ -213,7 +212,7 @@ def test_select_never_gives_the_scale_to_more_than_its_share(
     ],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, float | str]) -> None:
-    with pytest.raises(RecipeError, match=r"out of range|no such rule"):
+    with pytest.raises(RecipeError, match="out of range"):
         RuleSettings(**wrong)
     assert RuleSettings().max_coefficient == MAX_COEFFICIENT
 

@@ -15,8 +15,8 @@ import wpmerge.demo
 from wpmerge.demo import DemoResult, expert_instructions, family_path, run_demo
 from wpmerge.errors import OutputError
 from wpmerge.plan import load_plan
+from wpmerge.readings import ScoreSettings
 from wpmerge.scores import load_scores
-from wpmerge.scoring import ScoreSettings
 
 INSTRUCTIONS = {
     "frame": ("detectable_format:multiple_sections", "startend:quotation"),

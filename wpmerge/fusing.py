@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from wpmerge.arch import BUFFERS, Layout
+from wpmerge.arch import Layout
 from wpmerge.attribution import UnitArrays, empty_arrays
 from wpmerge.calibration import HeldOutReading, merged_source, read_held_out, retention, search_scales
 from wpmerge.checkpoint import Checkpoint
@@ -163,13 +163,12 @@ def fuse(
     stacked = stack_scores(
         family.layout, grouping, [_own_scores(scores, name, family.layout) for name in scores.experts]
     )
-    buffers = {name: Coefficient(values=torch.tensor(0.0)) for name in family.base.tensors if BUFFERS.search(name)}
 
     def coefficients(scales: Mapping[str, float]) -> dict[str, dict[str, Coefficient]]:
         ordered = torch.tensor([scales[name] for name in scores.experts], dtype=torch.float64)
         values = apply_rule(rule, stacked, grouping.sizes, ordered)
         return {
-            name: tensor_coefficients(family.layout, grouping, values[number]) | buffers
+            name: tensor_coefficients(family.layout, grouping, values[number])
             for number, name in enumerate(scores.experts)
         }
 
