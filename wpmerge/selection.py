@@ -52,6 +52,7 @@ class Selector:
 
     def __init__(self, keep: int, sample: Magnitudes, numel: int) -> None:
         self._keep, self._passes = keep, 0
+        self._room: int  # how many more magnitudes may be kept in this pass; -1 where some could not be
         self._floor, self._ceiling = 0, _LARGEST  # the answer lies in [floor, ceiling]
         self._low, self._high = self._bracket(sample, keep / numel)  # where this pass looks
         self._reset()
