@@ -1,7 +1,9 @@
-"""One thread, since machines that run tests are shared; and every jaxtyping signature of the package is checked."""
+"""One thread, since machines that run tests are shared; and the jaxtyping signatures of the maths are checked."""
 
 import torch
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
-install_import_hook("wpmerge", "beartype.beartype")
+MATHS = ("arch", "weights", "rows", "engine", "readouts", "anchor", "attribution", "patching", "gradients")
+CHOICES = ("screening", "coefficients", "calibration", "operators")
+install_import_hook([f"wpmerge.{module}" for module in MATHS + CHOICES], "shapecheck.checked")

@@ -219,7 +219,7 @@ def test_unknown_architecture_is_refused_with_the_list() -> None:
     assert caught.value.got == "mamba"
     assert all(known in str(caught.value.expected) for known in ARCHITECTURES)
     assert len(ARCHITECTURES) == 10
-    with pytest.raises(CheckpointError, match="Bidirectional"):
+    with pytest.raises(CheckpointError, match="bidirectional"):
         architecture_of({"model_type": "gemma3_text", "use_bidirectional_attention": True})
 
 

@@ -226,7 +226,7 @@ def test_refusals_of_names_and_lengths(data: dict[str, Path]) -> None:
     with pytest.raises(EvaluationError, match="No model to evaluate"):
         run({}, None, data)
     for names in ({"reference": "x"}, {"base": "x"}, {"skills": {"s": Skill(expert="x", metric=STRICT)}}):
-        with pytest.raises(EvaluationError, match=r"No such model(.|\n)*x"):
+        with pytest.raises(EvaluationError, match=r"no such model(.|\n)*x"):
             run(models, None, data, **names)
     with pytest.raises(EvaluationError, match="No outcomes of such a metric"):
         run(models, None, data, base="m", skills={"s": Skill(expert="m", metric="ifeval/none")})

@@ -57,7 +57,7 @@ class Anchor:
         layer: l*.
         direction: v, unit length, from all prompts.
         curve: one point per layer.
-        reliable: whether the layer passed the criteria, or was insisted on.
+        reliable: whether the layer passed the criteria.
     """
 
     kind: Literal["contrast", "pair"]
@@ -122,7 +122,7 @@ def fit_anchor(
         for index in range(len(t))
     )
     chosen = layer if layer is not None else _choose(curve)
-    reliable = chosen is not None
+    reliable = chosen is not None and _passes(curve[chosen], curve)
     if chosen is None:
         if not accept:
             raise _unreliable(curve, name)
@@ -146,11 +146,12 @@ def _allowed(curve: Sequence[AnchorPoint]) -> list[AnchorPoint]:
 
 def _choose(curve: Sequence[AnchorPoint]) -> int | None:
     """The smallest layer that is reliable enough."""
-    largest = max(point.t for point in curve)
-    if largest < LEAST_T:
-        return None
-    passing = (point.layer for point in _allowed(curve) if point.cosine >= COSINE and point.t >= SHARE_OF_T * largest)
-    return next(passing, None)
+    return next((point.layer for point in _allowed(curve) if _passes(point, curve)), None)
+
+
+def _passes(point: AnchorPoint, curve: Sequence[AnchorPoint]) -> bool:
+    largest = max(other.t for other in curve)
+    return largest >= LEAST_T and point.cosine >= COSINE and point.t >= SHARE_OF_T * largest
 
 
 def _unreliable(curve: Sequence[AnchorPoint], name: str) -> AnchorError:

@@ -26,7 +26,7 @@ from wpmerge.workspace import Workspace
 
 BLOCK_ELEMENTS = 2**18
 ALIGNED = 8  # blocks start at multiples of this many elements, so that their bytes are whole 64-bit words
-_RUN = 512  # elements that a sample takes from one place
+_RUN = 1024  # elements that a sample takes from one place
 
 Method = Literal["task_arithmetic", "linear", "ties", "dare_linear", "dare_ties"]
 _TRIMMED = ("ties",)
@@ -201,6 +201,11 @@ class _Factor:
         block.mul_(values[index // math.prod(self.shape[axis + 1 :]) % self.shape[axis]])
 
     @property
+    def number(self) -> float | None:
+        """The coefficient, if it is one number."""
+        return self.coefficient.values.item() if self.coefficient.axis is None else None
+
+    @property
     def least(self) -> float:
         """The smallest of the coefficient's values, NaN-free."""
         return float(self.coefficient.values.min()) if self.coefficient.values.numel() else 1.0
@@ -319,7 +324,10 @@ def _elect(
         delta.mul_(sign).clamp_(min=0)  # keeps NaN
         total.add_(delta) if i else total.copy_(delta)
         if normalize:
-            delta.sign_()
+            delta.sign_()  # 1 where it agrees, else 0: products with it are exact
+            if coefficient.number is not None and i:
+                weight.add_(delta, alpha=coefficient.number)
+                continue
             coefficient.multiply(delta)
             weight.add_(delta) if i else weight.copy_(delta)
     total.mul_(sign)

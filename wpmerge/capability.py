@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -57,31 +58,39 @@ class Capability:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def split(self, *, scoring: int, held_out: int, seed: int) -> tuple["Capability", "Capability"]:
-        """Two disjoint draws: prompts to score on, and prompts to choose coefficients on.
+        """Two draws without a query in common: prompts to score on, and prompts to choose coefficients on.
+
+        Each draw takes as many different queries as it can, in a random order.
 
         Raises:
             CapabilityError: if there are fewer than four prompts for either.
         """
-        order = list(range(len(self.prompts)))
-        random.Random(seed).shuffle(order)
-        if len(order) < scoring + held_out:  # share what there is in the proportion that was asked for
-            share = len(order) * scoring // (scoring + held_out)
-            scoring = min(max(share, min(scoring, MINIMUM)), len(order) - min(held_out, MINIMUM))
-            held_out = len(order) - scoring
-        if min(scoring, held_out) < MINIMUM:
+        groups: dict[str, list[Prompt]] = {}
+        for prompt in self.prompts:
+            groups.setdefault(prompt.without or prompt.prompt, []).append(prompt)
+        chance = random.Random(seed)
+        queries = list(groups.values())
+        chance.shuffle(queries)
+        for members in queries:
+            chance.shuffle(members)
+        share = round(len(queries) * held_out / (scoring + held_out))
+        kept = min(max(share, min(held_out, MINIMUM)), len(queries) - min(scoring, MINIMUM))
+        parts = _in_turn(queries[max(0, kept) :])[:scoring], _in_turn(queries[: max(0, kept)])[:held_out]
+        if min(map(len, parts)) < MINIMUM:
             raise CapabilityError(
                 "the capability has too few prompts to score on some and choose coefficients on others",
                 where=f"{self.name} ({self.source})",
-                got=f"{len(self.prompts)} prompts: {max(0, scoring)} to score on, {max(0, held_out)} to keep",
+                got=f"{len(queries)} queries: {len(parts[0])} prompts to score on, {len(parts[1])} to keep",
                 expected=f"at least {MINIMUM} of each",
                 mend="add prompts, or ask for more",
             )
-        chosen = order[:scoring], order[scoring : scoring + held_out]
-        one, other = (tuple(self.prompts[i] for i in part) for part in chosen)
-        return (
-            Capability(name=self.name, source=self.source, prompts=one),
-            Capability(name=self.name, source=self.source, prompts=other),
-        )
+        one, other = (Capability(name=self.name, source=self.source, prompts=tuple(part)) for part in parts)
+        return one, other
+
+
+def _in_turn(groups: Sequence[Sequence[Prompt]]) -> list[Prompt]:
+    """The first of every group, then the second of every group that has one, and so on."""
+    return [prompt for turn in zip_longest(*groups) for prompt in turn if prompt is not None]
 
 
 MINIMUM = 4

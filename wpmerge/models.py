@@ -10,6 +10,7 @@ import torch
 from wpmerge.arch import Layout, architecture_of
 from wpmerge.capability import Chat
 from wpmerge.checkpoint import Checkpoint, check_same_family, open_checkpoint
+from wpmerge.directory import read_json
 from wpmerge.engine import Engine, empty_model
 from wpmerge.errors import CheckpointError
 from wpmerge.weights import CheckpointWeights, WeightSource
@@ -97,7 +98,15 @@ def layout_of(checkpoint: Checkpoint) -> Layout:
     from transformers import AutoConfig
 
     settings = {key: value for key, value in checkpoint.config.items() if key != "model_type"}
-    config = AutoConfig.for_model(str(checkpoint.config["model_type"]), **settings).to_dict()
+    try:
+        config = AutoConfig.for_model(str(checkpoint.config["model_type"]), **settings).to_dict()
+    except Exception as error:  # transformers raises many kinds for values that contradict each other
+        raise CheckpointError(
+            "the configuration makes no model",
+            where=checkpoint.path / "config.json",
+            got=str(error).splitlines()[-1].strip(),
+            mend="check that config.json belongs to these weights",
+        ) from error
     return Layout(config, {name: info.shape for name, info in checkpoint.tensors.items()})
 
 
@@ -140,8 +149,8 @@ def continuations(
     """An expert's own greedy replies, token ids up to and with the end token, at most ``tokens`` each."""
     tokenizer = family.chat.tokenizer
     model = generation_model(family.engine, family.weights[expert])
-    end = tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end or 0
+    ends = end_tokens(family, expert)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
     sequences = [family.chat.prompt_tokens(prompt) for prompt in prompts]
     replies: list[list[int]] = []
     for start in range(0, len(sequences), batch_size):
@@ -155,9 +164,19 @@ def continuations(
             max_new_tokens=tokens,
             do_sample=False,
             pad_token_id=pad,
-            eos_token_id=end,
+            eos_token_id=sorted(ends) or None,
         )
         for row in output[:, width:].tolist():
-            cut = row.index(end) + 1 if end in row else len(row)
+            cut = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
             replies.append(row[:cut])
     return replies
+
+
+def end_tokens(family: Family, expert: str) -> set[int]:
+    """The tokens that end a reply: the tokenizer's, and those of the base's and the expert's generation settings."""
+    found = {family.chat.tokenizer.eos_token_id}
+    for checkpoint in (family.base, family.experts[expert]):
+        path = checkpoint.path / "generation_config.json"
+        stated = read_json(path).get("eos_token_id") if path.exists() else None
+        found.update(stated if isinstance(stated, list) else [stated])
+    return {token for token in found if isinstance(token, int)}

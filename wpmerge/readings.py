@@ -1,17 +1,21 @@
 """From a capability's prompts to readouts: split, let the expert reply, fit the anchor, pack what is read."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from wpmerge.anchor import Anchor, anchor_readout, fit_anchor, last_token_states
 from wpmerge.arch import KINDS, Kind
 from wpmerge.capability import Capability, reference_sequences
+from wpmerge.errors import CapabilityError
 from wpmerge.models import Family, continuations
 from wpmerge.pieces import Pieces
 from wpmerge.readouts import LogProbReadout, Readout
 from wpmerge.rows import Row, pack
 from wpmerge.scores import CapabilityRecord, HeldOut, ReadoutName
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, units of it done, and units in all."""
@@ -97,13 +101,15 @@ def prepare_case(
         sequences=tuple(tuple(sequence) for sequence in other),
         starts=tuple(other_starts),
     )
+    _check_length(family, capability, [*sequences, *other, *_anchor_sequences(family, scored)])
+    _say_what_is_less(family, capability, settings, scored, held_out)
     references = "given" if replies is None else "expert"
     return Case(scored=scored, held_out=kept, sequences=sequences, starts=starts, references=references)
 
 
 def fit_case_anchor(family: Family, case: Case, settings: ScoreSettings) -> Anchor:
     prompts = case.scored.prompts
-    rows = pack(_anchor_sequences(family, case, len(prompts)), tokens_per_row=settings.tokens_per_row)
+    rows = pack(_anchor_sequences(family, case.scored), tokens_per_row=settings.tokens_per_row)
     kind = "contrast" if case.scored.has_pairs else "pair"
     count = len(prompts) * (2 if kind == "contrast" else 1)
     states = [last_token_states(family.engine, family.weights[name], rows, count) for name in (case.scored.name, "")]
@@ -119,17 +125,48 @@ def fit_case_anchor(family: Family, case: Case, settings: ScoreSettings) -> Anch
     )
 
 
-def _anchor_sequences(family: Family, case: Case, count: int) -> list[list[int]]:
+def _anchor_sequences(family: Family, capability: Capability, count: int | None = None) -> list[list[int]]:
     texts = []
-    for prompt in case.scored.prompts[:count]:
+    for prompt in capability.prompts[:count]:
         texts += [prompt.prompt] if prompt.without is None else [prompt.prompt, prompt.without]
     return [family.chat.prompt_tokens(text) for text in texts]
+
+
+def _check_length(family: Family, capability: Capability, sequences: Sequence[Sequence[int]]) -> None:
+    """Refuse prompts beyond the positions that the model was made for."""
+    config = family.layout.config
+    limit = config.get("n_positions") or config.get("max_position_embeddings")
+    longest = max(sequences, key=len)
+    if limit and len(longest) > limit:
+        raise CapabilityError(
+            "a prompt is longer than the model's window",
+            where=f"{capability.name} ({capability.source})",
+            got=f"{len(longest)} tokens: {family.chat.tokenizer.decode(longest)[:60]!r}…",
+            expected=f"at most {limit} tokens, prompt and reference together",
+            mend="shorten or remove it",
+        )
+
+
+def _say_what_is_less(
+    family: Family, capability: Capability, settings: ScoreSettings, scored: Capability, held_out: Capability
+) -> None:
+    """Say where fewer prompts than asked for are used, and where references are cut."""
+    found, asked = (len(scored.prompts), len(held_out.prompts)), (settings.prompts, settings.held_out)
+    if found != asked:
+        text = "%s: %d prompts to score on and %d held out, not the %d and %d asked for"
+        logger.warning(text, capability.name, *found, *asked)
+    given = [prompt.reference for part in (scored, held_out) for prompt in part.prompts if prompt.reference is not None]
+    limit = settings.reference_tokens
+    cut = sum(len(family.chat.reply_tokens(reference, limit=limit + 1)) > limit for reference in given)
+    if cut:
+        text = "%s: %d of %d references are cut to their first %d tokens (--reference-tokens)"
+        logger.warning(text, capability.name, cut, len(given), limit)
 
 
 def make_reading(family: Family, case: Case, anchor: Anchor | None, settings: ScoreSettings, *, count: int) -> Reading:
     """The readout on the first ``count`` scored prompts."""
     if anchor is not None:
-        sequences = _anchor_sequences(family, case, count)
+        sequences = _anchor_sequences(family, case.scored, count)
         readout: Readout = anchor_readout(anchor, count)
     else:
         sequences = case.sequences[:count]

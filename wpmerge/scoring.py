@@ -6,6 +6,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from wpmerge.readings import (
 )
 from wpmerge.readouts import measure
 from wpmerge.rows import Row
-from wpmerge.scores import AnchorCurvePoint, ReadoutName, ReadoutRecord, Scores
+from wpmerge.scores import ReadoutName, ReadoutRecord, Scores
 from wpmerge.screening import verify
 
 NAME = re.compile(r"(?!base$)[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -92,14 +93,16 @@ def score(
         pieces = Pieces(staging / "pieces")
         arrays: dict[str, Tensor] = {}
         readouts: dict[str, ReadoutRecord] = {}
-        cases = {}
-        for name, capability in loaded.items():
-            cases[name] = prepare_case(family, capability, settings, pieces, tell)
-            for number, readout in enumerate(settings.readouts):
-                label = name if number == 0 else f"{name}@{readout}"
-                record, found = _score_readout(family, cases[name], readout, label, settings, pieces, tell)
-                readouts[label] = record
-                arrays |= found
+        # all gaps and anchors first: what is refused is refused before the long work
+        cases = {name: prepare_case(family, capability, settings, pieces, tell) for name, capability in loaded.items()}
+        measured = [
+            _measure(family, case, readout, name if number == 0 else f"{name}@{readout}", settings, tell)
+            for name, case in cases.items()
+            for number, readout in enumerate(settings.readouts)
+        ]
+        for gap in measured:
+            readouts[gap.label], found = _score_readout(family, gap, settings, pieces, tell)
+            arrays |= found
         scores = Scores(
             base=input_model(family.base),
             experts={name: input_model(expert) for name, expert in family.experts.items()},
@@ -170,24 +173,56 @@ def _fingerprint(family: Family, capabilities: Mapping[str, Capability], setting
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _score_readout(
-    family: Family,
-    case: Case,
-    name: ReadoutName,
-    label: str,
-    settings: ScoreSettings,
-    pieces: Pieces,
-    tell: Progress,
-) -> tuple[ReadoutRecord, dict[str, Tensor]]:
-    """One readout of one capability: gap, estimates for the experts, verification of its own expert's."""
-    own = case.scored.name
-    engine, base = family.engine, family.weights[""]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Gap:
+    """A readout of a capability, and what base and expert give there."""
+
+    case: Case
+    name: ReadoutName
+    label: str
+    anchor: Anchor | None
+    reading: Reading
+    base: float
+    expert: float
+    gap: float
+    t: float
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the user insisted on what would have been refused."""
+        return self.t < LEAST_GAP_T or (self.anchor is not None and not self.anchor.reliable)
+
+
+def _measure(
+    family: Family, case: Case, name: ReadoutName, label: str, settings: ScoreSettings, tell: Progress
+) -> _Gap:
+    """Fit the anchor, where the readout is one, and measure the gap."""
     tell(f"{label}: gap", 0, 1)
     anchor = fit_case_anchor(family, case, settings) if name == "anchor" else None
     reading = make_reading(family, case, anchor, settings, count=len(case.scored.prompts))
-    before = measure(engine, base, reading.rows, reading.readout).double()
-    after = measure(engine, family.weights[own], reading.rows, reading.readout).double()
+    own = case.scored.name
+    before, after = (
+        measure(family.engine, family.weights[source], reading.rows, reading.readout).double() for source in ("", own)
+    )
     gap, t = _gap(before, after, label, accept=settings.accept_anchor)
+    return _Gap(
+        case=case,
+        name=name,
+        label=label,
+        anchor=anchor,
+        reading=reading,
+        base=float(before.mean()),
+        expert=float(after.mean()),
+        gap=gap,
+        t=t,
+    )
+
+
+def _score_readout(
+    family: Family, measured: _Gap, settings: ScoreSettings, pieces: Pieces, tell: Progress
+) -> tuple[ReadoutRecord, dict[str, Tensor]]:
+    """One readout of one capability: estimates for the experts, verification of its own expert's."""
+    own, label, gap, reading = measured.case.scored.name, measured.label, measured.gap, measured.reading
     scored = list(family.experts) if settings.cross else [own]
 
     def estimate() -> dict[str, Tensor]:
@@ -201,27 +236,28 @@ def _score_readout(
     arrays = pieces.tensors(f"linear-{label}", estimate)
     record: dict[str, Any] = {
         "capability": own,
-        "readout": name,
+        "readout": measured.name,
         "l_star": reading.readout.layer,
-        "base": float(before.mean()),
-        "expert": float(after.mean()),
+        "base": measured.base,
+        "expert": measured.expert,
         "gap": gap,
-        "gap_t": t,
-        "prompts": len(case.scored.prompts),
+        "gap_t": measured.t,
+        "prompts": len(measured.case.scored.prompts),
+        "accepted": measured.accepted,
     }
-    if anchor is not None:
-        points = tuple(
-            AnchorCurvePoint(layer=point.layer, cosine=point.cosine, gap=point.gap, t=point.t) for point in anchor.curve
-        )
-        record |= {"anchor": anchor.kind, "accepted": not anchor.reliable, "curve": points}
+    if measured.anchor is not None:
+        record |= {"anchor": measured.anchor.kind, "curve": [asdict(point) for point in measured.anchor.curve]}
     if settings.integrated_points:
+        base, expert = family.weights[""], family.weights[own]
         shares, residual = integrated(
-            engine, base, family.weights[own], reading.rows, reading.readout, points=settings.integrated_points
+            family.engine, base, expert, reading.rows, reading.readout, points=settings.integrated_points
         )
         arrays |= {f"integrated/{label}/{own}/{kind}": (array / gap).float() for kind, array in shares.items()}
         record["integrated_residual"] = residual / gap
     if settings.top or settings.sample:
-        record |= pieces.record(f"verify-{label}", lambda: _verify(family, case, anchor, label, gap, settings, tell))
+        prefix = f"linear/{label}/{own}/"
+        stored = {kind: arrays[prefix + kind] for kind in settings.kinds if prefix + kind in arrays}
+        record |= pieces.record(f"verify-{label}", lambda: _verify(family, measured, stored, settings, tell))
     return ReadoutRecord.model_validate(record), arrays
 
 
@@ -284,30 +320,25 @@ def _row_groups(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
 
 
 def _verify(
-    family: Family,
-    case: Case,
-    anchor: Anchor | None,
-    label: str,
-    gap: float,
-    settings: ScoreSettings,
-    tell: Progress,
+    family: Family, measured: _Gap, stored: UnitArrays, settings: ScoreSettings, tell: Progress
 ) -> dict[str, Any]:
     """Exact patching of the screen's top and of a sample, on the first prompts, as fractions of the whole gap."""
-    own = case.scored.name
+    case = measured.case
     count = min(settings.verify_prompts, len(case.scored.prompts))
-    reading = make_reading(family, case, anchor, settings, count=count)
+    reading = make_reading(family, case, measured.anchor, settings, count=count)
     found, noise = verify(
         family.engine,
         family.weights[""],
-        family.weights[own],
+        family.weights[case.scored.name],
         reading.rows,
         reading.readout,
-        gap=gap,
+        stored=stored,
+        gap=measured.gap,
         kinds=settings.kinds,
         top=settings.top,
         sample=settings.sample,
         seed=settings.seed,
-        progress=lambda done, of: tell(f"{label}: exact", done, of),
+        progress=lambda done, of: tell(f"{measured.label}: exact", done, of),
     )
     verification = {str(kind): entry.model_dump(mode="json") for kind, entry in found.items()}
     return {"verification": verification, "noise_floor": noise}

@@ -42,6 +42,7 @@ def verify(
     rows: Sequence[Row],
     readout: Readout,
     *,
+    stored: UnitArrays,
     gap: float,
     top: int,
     sample: int,
@@ -59,6 +60,7 @@ def verify(
         expert: where units come from.
         rows: the prompts to verify on.
         readout: F.
+        stored: the screen on all prompts: its strongest units are the ones replaced.
         gap: what effects are fractions of; from all prompts, since that of a few may be near 0.
         top: units per kind, by |estimate|.
         sample: units per kind drawn from the rest.
@@ -72,9 +74,7 @@ def verify(
     """
     layout = engine.layout
     (screen,) = linear(engine, base, [expert], rows, readout, kinds=kinds)
-    chosen = {
-        kind: choose_units(layout, kind, array, top=top, sample=sample, seed=seed) for kind, array in screen.items()
-    }
+    chosen = {kind: choose_units(layout, kind, stored[kind], top=top, sample=sample, seed=seed) for kind in screen}
     units = [unit for pairs in chosen.values() for unit, _ in pairs]
     done = 0
 
@@ -157,7 +157,7 @@ def summarise(units: Sequence[Verified], *, unverified: int) -> Verification:
         spearman_random=_spearman(draw),
         recall=sum(unit.drawn == "top" for unit in strongest) / len(strongest) if strongest else None,
         largest_error=max((abs(unit.exact - unit.screen) for unit in draw), default=None),
-        missed_share=_upper_share(exceeding, len(draw)) if draw and unverified else None,
+        missed_share=_upper_share(exceeding, len(draw)) if draw and unverified and count else None,
     )
 
 
