@@ -20,7 +20,7 @@ from wpmerge.calibration import GRID, read_held_out, utility
 from wpmerge.checkpoint import open_checkpoint
 from wpmerge.errors import CapabilityError, CheckpointError, OutputError, RecipeError, WpmergeError
 from wpmerge.fusing import FuseResult, FuseSettings, fuse
-from wpmerge.models import Family, continuations, open_family
+from wpmerge.models import Family, open_family
 from wpmerge.plan import load_plan
 from wpmerge.readouts import LogProbReadout
 from wpmerge.rows import pack
@@ -93,9 +93,10 @@ def assert_merged(disk: Disk, out: Path, factors: dict[str, dict[str, Tensor | f
         total = base.double()
         for expert, each in factors.items():
             total = total + each[name] * (models[expert][name].double() - base.double())
-        distance = ulps(merged[name], total.float().bfloat16())
-        assert distance.max() <= 1, name
-        differ += int((distance > 0).sum())
+        largest = torch.stack([tensors[name].abs() for tensors in models.values()]).amax(dim=0).double()
+        error = (merged[name].double() - total).abs()
+        assert (error <= total.abs() * 2**-8 + largest * 1e-6).all(), name  # half a bfloat16 step, and float32's sum
+        differ += int((merged[name] != total.float().bfloat16()).sum())
     assert differ <= 0.002 * sum(tensor.numel() for tensor in merged.values())  # float32 takes near ties the other way
 
 
@@ -335,13 +336,16 @@ def test_too_little_disk_is_found_before_scales_are_chosen(
 
 def test_an_expert_that_is_no_better_on_held_out_prompts_is_refused(disk: Disk, tmp_path: Path) -> None:
     """Held-out references that the base itself wrote: it gives them more probability than the expert does."""
+    from transformers import AutoModelForCausalLM
+
     own = disk.copy(tmp_path / "own")
     record = json.loads((own.scores / "scores.json").read_text())
     held = record["capabilities"]["b"]["held_out"]
     family = own.open()
-    replies = continuations(family, "", held["prompts"], tokens=6)
+    heads = [family.chat.prompt_tokens(prompt) for prompt in held["prompts"]]
+    model = AutoModelForCausalLM.from_pretrained(own.models["base"], dtype=torch.float32)
     held["sequences"] = [
-        family.chat.prompt_tokens(prompt) + reply for prompt, reply in zip(held["prompts"], replies, strict=True)
+        model.generate(torch.tensor([head]), max_new_tokens=6, do_sample=False)[0].tolist() for head in heads
     ]
     (own.scores / "scores.json").write_text(json.dumps(record))
     with pytest.raises(CapabilityError, match="the expert b is no better than the base"):
@@ -369,6 +373,6 @@ def test_a_recipe_at_granularity_tensor_is_the_merge_in_mergekit(disk: Disk, tmp
     ours, theirs = (open_checkpoint(tmp_path / name) for name in ("ours", "theirs"))
     assert list(ours.tensors) == list(theirs.tensors)
     numbers = load_plan(tmp_path / "ours").coefficients["a"]
-    assert len({float(coefficient.values) for coefficient in numbers.values()}) > 10
+    assert len({float(coefficient.values) for coefficient in numbers.values()}) > 5
     for name in ours.tensors:
         assert ulps(ours.load(name), theirs.load(name)).max() == 0, name
