@@ -110,7 +110,7 @@ def test_round_trip(evaluation: Evaluation, tmp_path: Path) -> None:
 
 
 def test_unknown_names_are_refused(evaluation: Evaluation) -> None:
-    with pytest.raises(EvaluationError, match=r"No such model(.|\n)*base, expert, merge"):
+    with pytest.raises(EvaluationError, match=r"no such model(.|\n)*base, expert, merge"):
         evaluation.outcomes("nobody", "t/prompt")
     for metric in ["t/nothing", "t/inst_level_strict_acc/c", "group/acc"]:
         with pytest.raises(EvaluationError, match="No outcomes of such a metric"):

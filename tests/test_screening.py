@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tiny import ModelWeights, tiny_model
 
 from wpmerge.arch import Layout, Unit
+from wpmerge.attribution import linear
 from wpmerge.engine import Engine
 from wpmerge.patching import exact
 from wpmerge.readouts import AnchorReadout, LogProbReadout, measure
@@ -133,6 +134,7 @@ def test_verification_is_exact_patching(models: tuple[Engine, ModelWeights, Mode
         expert,
         rows,
         readout,
+        stored=linear(engine, base, [expert], rows, readout)[0],
         gap=gap,
         top=3,
         sample=4,
@@ -163,7 +165,9 @@ def test_units_without_a_score_are_not_verified(models: tuple[Engine, ModelWeigh
     engine, base, expert = models
     direction = torch.nn.functional.normalize(torch.randn(16, generator=torch.Generator().manual_seed(1)), dim=0)
     readout = AnchorReadout(layer=1, direction=direction, item=[0, 1, 2, 3], sign=[1.0] * 4, items=4)
-    found, _ = verify(engine, base, expert, pack(SEQUENCES), readout, gap=1.0, top=20, sample=20, seed=0)
+    rows = pack(SEQUENCES)
+    (stored,) = linear(engine, base, [expert], rows, readout)
+    found, _ = verify(engine, base, expert, rows, readout, stored=stored, gap=1.0, top=20, sample=20, seed=0)
     assert set(found) == {"head", "neuron", "kv_group", "norm", "embedding"}
     for entry in found.values():
         for unit in entry.units:
@@ -171,6 +175,17 @@ def test_units_without_a_score_are_not_verified(models: tuple[Engine, ModelWeigh
             assert not math.isnan(unit.exact)
     assert len(found["head"].units) == 8
     assert found["head"].missed_share is None, "all that are seen were verified"
+
+
+def test_the_stored_scores_say_what_is_replaced(models: tuple[Engine, ModelWeights, ModelWeights]) -> None:
+    engine, base, expert = models
+    readout = LogProbReadout(layer=2, sequences=SEQUENCES, starts=[4, 5, 4, 6])
+    rows = pack(SEQUENCES)
+    (stored,) = linear(engine, base, [expert], rows, readout)
+    stored["head"] = torch.zeros_like(stored["head"])
+    stored["head"][2, 1] = -1.0
+    found, _ = verify(engine, base, expert, rows, readout, stored=stored, gap=1.0, top=1, sample=0, seed=0)
+    assert [unit.unit for unit in found["head"].units] == ["head.2.1"]
 
 
 def test_random_draws_do_not_depend_on_other_kinds() -> None:

@@ -73,7 +73,7 @@ class Capability:
         chance.shuffle(queries)
         for members in queries:
             chance.shuffle(members)
-        share = round(len(queries) * held_out / (scoring + held_out))
+        share = round(len(queries) * held_out / max(1, scoring + held_out))
         kept = min(max(share, min(held_out, MINIMUM)), len(queries) - min(scoring, MINIMUM))
         parts = _in_turn(queries[max(0, kept) :])[:scoring], _in_turn(queries[: max(0, kept)])[:held_out]
         if min(map(len, parts)) < MINIMUM:
