@@ -165,7 +165,7 @@ def tokenizer_differences(base: Path, expert: Path, *, extended: bool = False) -
         if file == "tokenizer.model":
             return [f"{file} differs from the base's"]
         tokenizers = [read_json(path) for path in (ours, theirs)]
-        mine, other = (_token_ids(tokenizer) for tokenizer in tokenizers)
+        mine, other = (_token_ids(tokenizer, path) for tokenizer, path in zip(tokenizers, (ours, theirs), strict=True))
         found = [
             f"{file}: token {token!r} has id {other.get(token)}, in the base {mine.get(token)}"
             for token in sorted(mine if extended else {*mine, *other})
@@ -178,18 +178,23 @@ def tokenizer_differences(base: Path, expert: Path, *, extended: bool = False) -
     return []
 
 
-def _token_ids(tokenizer: dict[str, Any]) -> dict[str, int]:
+def _token_ids(tokenizer: dict[str, Any], path: Path) -> dict[str, int]:
     """Token -> id of a ``tokenizer.json`` (or of a bare ``vocab.json``), added tokens included."""
     if not isinstance(tokenizer.get("model"), dict):
         return tokenizer
-    vocabulary = tokenizer["model"].get("vocab") or {}
-    if isinstance(vocabulary, list):  # unigram models list (token, log-probability)
-        vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
-    return vocabulary | {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens") or []}
+    try:
+        vocabulary = tokenizer["model"].get("vocab") or {}
+        if isinstance(vocabulary, list):  # unigram models list (token, log-probability)
+            vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
+        return dict(vocabulary) | {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens") or []}
+    except (TypeError, KeyError, IndexError, ValueError) as error:
+        raise CheckpointError("a tokenizer is malformed", where=path, got=f"{type(error).__name__}: {error}") from None
 
 
 def _merges(tokenizer: dict[str, Any]) -> list[str]:
     """Byte-pair merges; older files write each pair as one string, newer ones as a list of two."""
     model = tokenizer.get("model")
     merges = (model.get("merges") if isinstance(model, dict) else None) or []
-    return [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+    if not isinstance(merges, list):
+        return [str(merges)]
+    return [" ".join(map(str, pair)) if isinstance(pair, list) else str(pair) for pair in merges]
