@@ -168,7 +168,7 @@ def open_source(name: str, model: Model, settings: HarnessSettings) -> Model:
     """
     if not isinstance(model, str | Path) or settings.backend != "hf":
         return model
-    folder = locate(str(model))
+    folder = locate(str(model)).absolute()  # lm-eval would look a relative path up on the hub
     if (folder / "config.json").is_file():
         return folder
     if (folder / "adapter_config.json").is_file():
