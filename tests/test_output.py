@@ -224,3 +224,27 @@ def test_the_file_size_limit_is_foreseen(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_same_work_resumes_after_a_kill_just_before_the_swap(tmp_path, overwrite):
+    out = tmp_path / "out"
+    if overwrite:
+        out.mkdir()
+        (out / "config.json").write_text("old")
+    code = (
+        "import os, signal, sys; from pathlib import Path; import wpmerge.output as o\n"
+        "def die(*paths): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "with o.output_directory(Path(sys.argv[1]), overwrite=True, fingerprint='same') as d:\n"
+        "    o.write_file(d / 'config.json', 'new'); o.write_file(d / 'shard', 'done')\n"
+        "    rename = Path.rename\n"
+        "    Path.rename = lambda self, to: die() if self.name == 'out' else rename(self, to)\n"
+        "    o._exchange = die"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(out)], check=False).returncode == -9
+    assert out.exists() == overwrite
+    with output_directory(out, overwrite=overwrite, fingerprint="same") as directory:
+        assert names(directory) == ["config.json", "shard"]
+        assert not overwrite or (out / "config.json").read_text() == "old"
+    assert names(out) == ["config.json", "shard"]
+    assert names(tmp_path) == ["out"]

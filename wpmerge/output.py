@@ -109,7 +109,7 @@ def output_directory(
     """
     out = Path(os.path.normpath(out.absolute()))
     box = out.with_name(f".{out.name}.wpmerge")
-    _recover(out, box)
+    _recover(out, box, fingerprint)
     check_output(out, inputs=inputs, overwrite=overwrite)
     try:
         with _locked(out, box):
@@ -183,7 +183,7 @@ def _open_box(box: Path, fingerprint: str) -> Path:
     return staging
 
 
-def _state(box: Path) -> dict[str, str]:
+def _state(box: Path) -> dict[str, str | int]:
     try:
         found = json.loads((box / "state.json").read_text())
     except (OSError, ValueError):
@@ -193,7 +193,8 @@ def _state(box: Path) -> dict[str, str]:
 
 def _put_in_place(staging: Path, out: Path, box: Path, fingerprint: str) -> None:
     """Give the finished directory its name. From here on nothing in the box counts as unfinished work."""
-    write_file(box / "state.json", json.dumps({"phase": "swap", "fingerprint": fingerprint}))
+    state = {"phase": "swap", "fingerprint": fingerprint, "inode": staging.stat().st_ino}
+    write_file(box / "state.json", json.dumps(state))
     sync_directory(box)
     if not out.exists():
         staging.rename(out)
@@ -209,13 +210,21 @@ def _exchange(one: Path, other: Path) -> bool:
     return rename is not None and rename(_AT_FDCWD, bytes(one), _AT_FDCWD, bytes(other), _EXCHANGE) == 0
 
 
-def _recover(out: Path, box: Path) -> None:
-    """Finish, or clear away, what a run killed during the swap left behind."""
-    if _state(box).get("phase") != "swap":
+def _recover(out: Path, box: Path, fingerprint: str) -> None:
+    """Finish, take up again, or clear away what a run killed during the swap left behind."""
+    state = _state(box)
+    if state.get("phase") != "swap":
         return
     with contextlib.suppress(_Busy), _locked(out, box):
+        staging = box / "out"
+        finished = staging.exists() and staging.stat().st_ino == state.get(
+            "inode"
+        )  # else it holds what was swapped out
+        if finished and fingerprint and state["fingerprint"] == fingerprint and not (box / "old").exists():
+            write_file(box / "state.json", json.dumps({"phase": "fill", "fingerprint": fingerprint}))
+            return  # the same work again: it finds every file done
         if not os.path.lexists(out):  # between the two renames, or just before the only one
-            (box / "out").rename(out)
+            staging.rename(out)
         _remove(box)
 
 
