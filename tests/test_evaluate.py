@@ -139,7 +139,7 @@ def test_the_batch_is_halved_when_memory_runs_out(data: dict[str, Path]) -> None
         "m: memory ran out at batch size 4; going on with 2",
         "m: memory ran out at batch size 2; going on with 1",
     ]
-    with pytest.raises(EvaluationError, match=r"Memory ran out(.|\n)*batch size 1"):
+    with pytest.raises(EvaluationError, match=r"memory ran out(.|\n)*batch size 1"):
         run({"m": pair(SHOUT, kind=Hopeless)}, None, data)
 
 
@@ -223,12 +223,12 @@ def test_what_is_no_model_is_refused_before_any_work(tmp_path: Path, data: dict[
 
 def test_refusals_of_names_and_lengths(data: dict[str, Path]) -> None:
     models = {"m": pair(PLAIN)}
-    with pytest.raises(EvaluationError, match="No model to evaluate"):
+    with pytest.raises(EvaluationError, match="no model to evaluate"):
         run({}, None, data)
     for names in ({"reference": "x"}, {"base": "x"}, {"skills": {"s": Skill(expert="x", metric=STRICT)}}):
         with pytest.raises(EvaluationError, match=r"no such model(.|\n)*x"):
             run(models, None, data, **names)
-    with pytest.raises(EvaluationError, match="No outcomes of such a metric"):
+    with pytest.raises(EvaluationError, match="no outcomes of such a metric"):
         run(models, None, data, base="m", skills={"s": Skill(expert="m", metric="ifeval/none")})
     with pytest.raises(EvaluationError, match=r"whole window(.|\n)*1280 new tokens(.|\n)*fewer than 128"):
         run(models, None, data, settings=HarnessSettings())

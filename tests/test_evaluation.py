@@ -113,7 +113,7 @@ def test_unknown_names_are_refused(evaluation: Evaluation) -> None:
     with pytest.raises(EvaluationError, match=r"no such model(.|\n)*base, expert, merge"):
         evaluation.outcomes("nobody", "t/prompt")
     for metric in ["t/nothing", "t/inst_level_strict_acc/c", "group/acc"]:
-        with pytest.raises(EvaluationError, match="No outcomes of such a metric"):
+        with pytest.raises(EvaluationError, match="no outcomes of such a metric"):
             evaluation.outcomes("merge", metric)
 
 
