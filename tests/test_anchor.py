@@ -1,10 +1,12 @@
 """Anchors: planted directions, the choice of layer on curves made by hand, and honest refusals."""
 
+import dataclasses
+
 import pytest
 import torch
 from tiny import CONFIGS, ModelWeights, tiny_model
 
-from wpmerge.anchor import Anchor, anchor_readout, fit_anchor, last_token_states
+from wpmerge.anchor import Anchor, Behaviour, anchor_readout, fit_anchor, last_token_states
 from wpmerge.engine import Engine
 from wpmerge.errors import AnchorError
 from wpmerge.rows import pack
@@ -25,8 +27,16 @@ def planted(strengths: list[float], direction: torch.Tensor, *, seed: int = 0) -
     return noise(seed, layers=len(strengths)) + torch.tensor(strengths, dtype=torch.float64)[:, None] * direction
 
 
+def behaviour(expert: torch.Tensor, base: torch.Tensor) -> Behaviour:
+    """An output that follows the models' mean difference at each layer, by its size."""
+    moves = expert - base
+    return Behaviour(slopes=moves.mean(dim=0).expand_as(moves), moves=moves, gap=float(len(moves)))
+
+
 def fit(expert: torch.Tensor, base: torch.Tensor, **options: object) -> Anchor:
-    return fit_anchor(expert, base, **{"kind": "contrast", "name": "c", **options})
+    return fit_anchor(
+        expert, base, **{"behaviour": behaviour(expert, base), "kind": "contrast", "name": "c", **options}
+    )
 
 
 @pytest.mark.parametrize("kind", ["contrast", "pair"])
@@ -67,6 +77,8 @@ def test_the_numbers_of_a_contrast_anchor_by_hand() -> None:
     assert (point.cosine, point.gap) == (pytest.approx(1), pytest.approx(3))
     deviation = (4 / 3) ** 0.5
     assert point.t == pytest.approx(3 / (deviation / 2))
+    # the mean change is (3, 0), and its projections are 3 at every item: (2 + 4 + 4 + 2) · 3 over the gap of 4
+    assert point.carried == pytest.approx(9)
 
 
 def test_a_pair_anchor_takes_its_direction_from_the_difference() -> None:
@@ -110,16 +122,20 @@ def test_pure_noise_is_refused_with_its_numbers_and_accepted_on_demand() -> None
     assert "--accept-anchor" in str(caught.value.mend)
 
 
-def test_the_chosen_layer_has_half_of_the_largest_t() -> None:
-    """Layer 2 has the same direction, but a t below half of what later layers reach."""
+def test_the_chosen_layer_carries_half_of_what_the_best_layer_carries() -> None:
+    """Stable and separating from layer 2 on; what the output sees of the direction grows at layer 5."""
     direction = unit(7)
-    strengths = [0.0, 0.0, 12.0, 12.0, 12.0, 40.0, 40.0, 40.0, 40.0, 40.0]
-    anchor = fit(planted(strengths, direction), noise(1))
-    t = [point.t for point in anchor.curve]
-    assert anchor.curve[2].cosine > 0.9
-    assert t[2] < max(t) / 2
-    assert anchor.layer == next(n for n in range(10) if t[n] >= max(t) / 2 and anchor.curve[n].cosine >= 0.9)
-    assert anchor.layer == 5
+    expert, base = planted([0.0, 0.0] + [40.0] * 8, direction), noise(1)
+    strengths = torch.tensor([0.0, 0.0, 0.4, 0.4, 0.4, 0.6, 1.0, 1.0, 1.0, 9.0], dtype=torch.float64)
+    slopes = (strengths[:, None] * direction).expand(ITEMS, LAYERS, WIDTH)
+    seen = Behaviour(slopes=slopes, moves=expert - base, gap=40.0 * ITEMS)
+    anchor = fit(expert, base, behaviour=seen)
+    assert anchor.layer == 5, "the last layer, which carries most, is too late to count"
+    assert [point.carried for point in anchor.curve] == pytest.approx(strengths.tolist(), rel=0.05, abs=0.02)
+    assert all(point.t > 5 and point.cosine > 0.9 for point in anchor.curve[2:])
+    against = Behaviour(slopes=-slopes, moves=expert - base, gap=40.0 * ITEMS)
+    with pytest.raises(AnchorError, match="no layer gives a reliable anchor"):
+        fit(expert, base, behaviour=against)
 
 
 def test_halves_that_disagree_do_not_make_an_anchor() -> None:
@@ -132,7 +148,7 @@ def test_halves_that_disagree_do_not_make_an_anchor() -> None:
     with pytest.raises(AnchorError) as caught:
         fit(expert, noise(1))
     # (40² − 30²) / (40² + 30²) = 0.28
-    cosine = float(str(caught.value.got).rsplit(" ", 1)[1])
+    cosine = float(str(caught.value.got).split("cosine ")[1].split(",")[0])
     assert cosine == pytest.approx(0.28, abs=0.1)
 
 
@@ -192,3 +208,12 @@ def test_last_token_states_are_transformers_own(model_type: str) -> None:
         # the last of transformers' states has gone through the final norm already
         for layer in range(2):
             torch.testing.assert_close(found[number, layer], states[layer + 1][0, -1], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("gap", [0.0, -1.0, float("nan")])
+def test_without_a_behavioural_gap_nothing_is_carried(gap: float) -> None:
+    expert, base = planted([0.0] * 4 + [30.0] * 6, unit(7)), noise(1)
+    none = dataclasses.replace(behaviour(expert, base), gap=gap)
+    with pytest.raises(AnchorError, match="no layer gives a reliable anchor"):
+        fit(expert, base, behaviour=none)
+    assert not fit(expert, base, behaviour=none, accept=True).reliable

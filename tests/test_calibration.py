@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,16 @@ from tiny import ModelWeights, tiny_model
 
 from wpmerge.calibration import (
     EPSILON,
+    PENALTY,
     HeldOutReading,
+    Standing,
+    Tunable,
+    assess,
     merged_source,
     read_held_out,
     retention,
-    search_scales,
+    scale_tunables,
+    search_numbers,
     utility,
 )
 from wpmerge.coefficients import make_grouping, tensor_coefficients
@@ -155,6 +161,14 @@ class Counted:
         return self.evaluate(scales)
 
 
+def search_scales(
+    experts: list[str], evaluate: Any, *, evaluations: int, together: bool, highest: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """As the rules search scales: for the largest utility."""
+    numbers = scale_tunables(experts, together=together, highest=highest)
+    return search_numbers(dict.fromkeys(experts, 0.0), numbers, evaluate, utility, evaluations=evaluations)
+
+
 @pytest.mark.parametrize(
     "best", [{"a": 0.5, "b": 0.9}, {"a": 0.15, "b": 1.2, "c": 0.65}, {"a": 0.0, "b": 1.5}, {"a": 0.85}]
 )
@@ -211,3 +225,78 @@ def test_no_evaluation_is_no_search() -> None:
         search_scales(["a"], bowl({"a": 0.5}), evaluations=0, together=False, highest=1.5)
     found, _ = search_scales(["a"], bowl({"a": 0.9}), evaluations=1, together=False, highest=1.5)
     assert found == {"a": 0.3}, "the first of the grid is all that was seen"
+
+
+# --- retain sets, and searches over other numbers
+
+
+def test_a_retain_set_is_read_as_nats_below_the_base() -> None:
+    engine, base, experts = family()
+    found = readings(engine, base, experts)
+    readout, rows = found["a"].readout, found["a"].rows
+    plain = read_held_out(engine, base, None, readout, rows)
+    assert plain.retain and plain.expert == plain.base
+    assert not found["a"].retain
+    whole = merged_source(engine, base, experts, common(engine, {"a": 1.0, "b": 0.0}))
+    standing = assess(engine, whole, {**found, "plain": plain})
+    assert set(standing.kept) == {"a", "b"} and set(standing.lost) == {"plain"}
+    assert standing.lost["plain"] == pytest.approx(found["a"].base - found["a"].expert, abs=1e-5)
+    assert standing.kept == retention(engine, whole, {**found, "plain": plain})
+
+
+def test_all_readings_of_one_run_are_those_of_runs_apart() -> None:
+    engine, base, experts = family()
+    found = readings(engine, base, experts)
+    sequences, starts = [[4, 8, 15, 16, 23], [42, 8]], [2, 1]
+    other = LogProbReadout(layer=2, sequences=sequences, starts=starts)
+    found["c"] = read_held_out(engine, base, experts["b"], other, pack(sequences))
+    merged = merged_source(engine, base, experts, common(engine, {"a": 0.4, "b": 0.3}))
+    together = assess(engine, merged, found).kept
+    for name, reading in found.items():
+        assert assess(engine, merged, {name: reading}).kept[name] == pytest.approx(together[name], abs=1e-9)
+
+
+def test_what_a_retain_set_loses_costs_beyond_the_tolerance() -> None:
+    kept = {"a": 0.49}
+    free = utility(kept)
+    assert Standing(kept=kept, lost={"p": 0.02}).worth() == free
+    assert Standing(kept=kept, lost={"p": -1.0}).worth() == free
+    assert Standing(kept=kept, lost={"p": 0.03, "q": 0.01}).worth() == pytest.approx(free - 0.5 * PENALTY)
+    assert Standing(kept=kept, lost={"p": 0.03, "q": 0.03}).worth(0.015) == pytest.approx(free - 2 * PENALTY)
+
+
+def test_a_searchs_own_numbers_come_after_the_scales_they_belong_to() -> None:
+    """x has its optimum at .7, p at .25, y at 1.3; the grid of p is tried at the best x."""
+    best = {"x": 0.7, "y": 1.3, "p": 0.25}
+    tunables = [
+        Tunable(names=("x", "y"), high=1.5, grid=(0.3, 0.7, 0.9), steps=()),
+        Tunable(names=("p",), high=4.0, grid=(0.25, 0.5, 1.0)),
+        Tunable(names=("y",), high=1.5),
+    ]
+    seen = []
+
+    def evaluate(point: dict[str, float]) -> float:
+        seen.append(point)
+        return -sum((point[name] - best[name]) ** 2 for name in best)
+
+    found, value = search_numbers({"x": 0.5, "y": 0.5, "p": 0.5}, tunables, evaluate, lambda each: each, evaluations=99)
+    assert found["p"] == 0.25 and found["y"] == pytest.approx(1.3, abs=0.025)
+    assert value == evaluate(found)
+    assert [point["p"] for point in seen[:3]] == [0.5] * 3
+    assert {point["p"] for point in seen[3:5]} == {0.25, 1.0}  # .5 was seen already
+
+
+def test_steps_by_a_factor_stay_in_range() -> None:
+    mu = Tunable(names=("mu",), low=0.1, high=8.0, steps=(1.0,), factor=True)
+    assert mu.moved({"mu": 1.0, "x": 3.0}, 1.0) == {"mu": 2.0, "x": 3.0}
+    assert mu.moved({"mu": 1.0}, -1.0) == {"mu": 0.5}
+    assert mu.moved({"mu": 6.0}, 1.0) == {"mu": 8.0} and mu.moved({"mu": 0.1}, -1.0) == {"mu": 0.1}
+    found, _ = search_numbers(
+        {"mu": 1.0}, [mu], lambda point: -abs(math.log2(point["mu"]) - 2), lambda each: each, evaluations=20
+    )
+    assert found == {"mu": 4.0}
+
+
+def test_numbers_that_are_all_given_are_evaluated_once() -> None:
+    found, value = search_numbers({"x": 0.4}, [], lambda point: point["x"], lambda each: each, evaluations=5)
+    assert (found, value) == ({"x": 0.4}, 0.4)

@@ -203,3 +203,18 @@ def test_weights_that_the_model_does_not_have_are_refused(changed: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         Engine(Layout(weights.layout.config, shapes))
     assert caught.value.where == name
+
+
+@pytest.mark.parametrize("model_type", list(CONFIGS))
+def test_matrices_as_stored_are_converted_where_they_are_used(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A streamed vocabulary stays in bfloat16: rows in use, and parts of the head, are converted. The same numbers."""
+    monkeypatch.setattr("wpmerge.engine.HEAD_ROWS", 7)
+    weights = ModelWeights.of(tiny_model(model_type, seed=0))
+    engine, (row,) = Engine(weights.layout), pack([[3, 4, 5, 9, 17], [3, 4, 8]])
+    stored = {name: value.bfloat16() if value.ndim > 1 else value for name, value in weights.outer().items()}
+    whole = {name: value.float() for name, value in stored.items()}
+    entries = [engine.embed(outer, row) for outer in (stored, whole)]
+    assert torch.equal(entries[0].hidden, entries[1].hidden)
+    assert entries[0].hidden.dtype == torch.float32
+    logits = [engine.logits(outer, entries[0].hidden) for outer in (stored, whole)]
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)

@@ -8,8 +8,9 @@ from tiny import CONFIGS, ModelWeights, tiny_model
 
 from wpmerge.arch import Layout, Slice
 from wpmerge.engine import Engine
-from wpmerge.gradients import directional, integrated, interpolated
-from wpmerge.readouts import AnchorReadout, LogProbReadout, Readout, measure
+from wpmerge.estimators import completeness
+from wpmerge.gradients import directional, integrated, interpolated, state_gradients
+from wpmerge.readouts import AnchorReadout, LogProbReadout, Readout, measure, read_states, trace
 from wpmerge.rows import pack
 
 SEQUENCES = [[3, 4, 5, 9, 17], [3, 4, 5, 40, 8, 21, 33, 7], [3, 4, 5, 50, 51, 52], [3, 4, 5, 11, 12, 13, 14, 15, 16]]
@@ -90,10 +91,8 @@ def test_integrated_shares_sum_to_the_gap_the_better_the_more_points(model_type:
     gap = float(measure(engine, expert, rows, readout).mean() - measure(engine, base, rows, readout).mean())
     residuals = {}
     for points in (1, 4, 8):
-        shares, residual = integrated(engine, base, expert, rows, readout, points=points)
-        total = sum(float(array.nansum()) for array in shares.values())
-        assert residual == pytest.approx(total - gap, abs=1e-12)
-        residuals[points] = abs(residual / gap)
+        (shares,) = integrated(engine, base, [expert], rows, readout, points=points)
+        residuals[points] = abs(completeness(shares) - gap) / abs(gap)
         for kind, array in shares.items():
             hidden = reading == "anchor" and kind in ("final_norm", "lm_head")
             expected = [hidden] if len(array) == 1 else [False, False, reading == "anchor"]
@@ -129,3 +128,32 @@ def test_directional_at_another_point_than_the_base() -> None:
         values.append(float(measure(engine, ModelWeights(base.layout, moved), rows, readout).mean()))
     slope = (values[0] - values[1]) / (2 * step)
     assert sum(float(array.sum()) for array in arrays.values()) == pytest.approx(slope, rel=1e-6)
+
+
+@pytest.mark.parametrize("tokens_per_row", [1, 400])
+def test_gradients_of_the_stream_are_differences(tokens_per_row: int) -> None:
+    """At each sequence's token, two of them the same prompt with other replies: a nudge there moves F by the slope."""
+    base = ModelWeights.of(tiny_model("olmo2", seed=0, dtype=torch.float64))
+    engine = Engine(base.layout, dtype=torch.float64)
+    sequences, starts = [[3, 4, 5, 9, 17], [3, 4, 5, 40, 8], [3, 7, 21, 33]], [3, 3, 2]
+    readout = LogProbReadout(layer=2, sequences=sequences, starts=starts)
+    rows = pack(sequences, tokens_per_row=tokens_per_row)
+    found = state_gradients(engine, base, rows, readout, [start - 1 for start in starts])
+    run = trace(engine, base, rows, last=2)
+    nudge = torch.randn(16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    for item, start in enumerate(starts):
+        (number,) = [n for n, row in enumerate(rows) if item in row.places]
+        row, place = rows[number], rows[number].places[item][start - 1]
+        for layer in range(2):
+            values = []
+            for sign in (1, -1):
+                hidden = run.hidden[number][layer + 1].clone()
+                hidden[0, place] += sign * 1e-4 * nudge
+                for index in range(layer + 1, 3):
+                    hidden = engine.layer(index, base.layer(index), hidden, run.entries[number].calls[index])
+                values.append(float(read_states(engine, base.outer(), [row], readout, [hidden]).mean()))
+            sharing = 2 if tokens_per_row == 400 and item < 2 else 1
+            slope = (values[0] - values[1]) / 2e-4 / sharing
+            assert float(found[item, layer] @ nudge) == pytest.approx(
+                slope, rel=1e-2, abs=1e-5
+            )  # norms round to float32

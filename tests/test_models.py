@@ -182,3 +182,14 @@ def test_the_generating_model_shares_the_weights(tmp_path: Path) -> None:
     weight = family.weights["skill"].layer(2)["mlp.down_proj.weight"]
     assert model.model.layers[2].mlp.down_proj.weight.data_ptr() == weight.data_ptr()
     assert model.lm_head.weight.data_ptr() == family.weights["skill"].outer()["model.embed_tokens.weight"].data_ptr()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2"])
+def test_streamed_continuations_are_the_resident_ones(tmp_path: Path, model_type: str) -> None:
+    paths = save_family(tmp_path, model_type, experts=1)
+    prompts = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w4"]
+    families = [open_family(paths["base"], {"e0": paths["e0"]}, resident=resident) for resident in (True, False)]
+    for model in ("", "e0"):
+        found = [continuations(family, model, prompts, tokens=7) for family in families]
+        assert found[0] == found[1]
+        assert all(1 <= len(reply) <= 7 for reply in found[0])

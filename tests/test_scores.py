@@ -43,9 +43,9 @@ def example() -> Scores:
         noise_floor=1e-7,
         prompts=8,
         accepted=True,
-        curve=(AnchorCurvePoint(layer=0, cosine=0.5, gap=0.25, t=-2.0),),
+        curve=(AnchorCurvePoint(layer=0, cosine=0.5, gap=0.25, t=-2.0, carried=0.125),),
         integrated_residual=0.01,
-        verification={"head": verification},
+        verification={"sufficiency": {"head": verification}},
     )
     held_out = HeldOut(prompts=("wie geht’s?",), sequences=((3, 4, 5),), starts=(2,))
     return Scores(
@@ -94,9 +94,9 @@ def test_the_files_are_what_the_format_says(tmp_path: Path) -> None:
     example().save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scores.json", "scores.safetensors"]
     header = json.loads((tmp_path / "scores.json").read_text())
-    assert header["schema_version"] == SCHEMA_VERSION == 1
+    assert header["schema_version"] == SCHEMA_VERSION == 2
     assert header["readouts"]["title"]["l_star"] == 1
-    assert header["readouts"]["title"]["verification"]["head"]["units"][0]["unit"] == "head.0.1"
+    assert header["readouts"]["title"]["verification"]["sufficiency"]["head"]["units"][0]["unit"] == "head.0.1"
     arrays = load_file(tmp_path / "scores.safetensors")
     assert arrays["linear/title/title/head"].shape == (3, 4)
     assert bool(arrays["linear/title/title/head"][2].isnan().all())
@@ -120,7 +120,7 @@ def test_an_array_is_asked_for_by_its_parts() -> None:
         scores.array("title", "title", "head", estimator="integrated")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, "2", None])
 def test_an_unknown_schema_version_is_refused(tmp_path: Path, version: object) -> None:
     example().save(tmp_path)
     header = json.loads((tmp_path / "scores.json").read_text())

@@ -16,6 +16,7 @@ from tinydisk import save_family, save_model
 from wpmerge.arch import KINDS
 from wpmerge.attribution import linear
 from wpmerge.errors import AnchorError, CapabilityError, CheckpointError, OutputError, WpmergeError
+from wpmerge.memory import Budget
 from wpmerge.models import open_family
 from wpmerge.readings import ScoreSettings
 from wpmerge.readouts import LogProbReadout, measure
@@ -31,9 +32,10 @@ SETTINGS = ScoreSettings(
     sample=3,
     verify_prompts=4,
     accept_anchor=True,
+    estimators=("linear", "integrated"),
     integrated_points=2,
 )
-QUICK = dataclasses.replace(SETTINGS, top=0, sample=0, integrated_points=0)
+QUICK = dataclasses.replace(SETTINGS, top=0, sample=0, estimators=("linear",))
 
 
 def words(generator: random.Random, count: int) -> str:
@@ -112,7 +114,8 @@ def test_every_estimator_readout_expert_and_kind_has_its_array(scores: Scores) -
         assert len(record.curve) == (3 if "@" in label else 0)
         assert record.gap == pytest.approx(record.expert - record.base)
         assert record.prompts == 6
-        assert set(record.verification) == (kinds - {"final_norm"} if "@" in label else kinds)
+        assert set(record.verification) == {"sufficiency"}
+        assert set(record.verification["sufficiency"]) == (kinds - {"final_norm"} if "@" in label else kinds)
         assert record.integrated_residual is not None
     shapes = {"head": (3, 4), "neuron": (3, 32), "kv_group": (3, 2), "norm": (3, 2), "output_bias": (3, 2)}
     for key, array in scores.arrays.items():
@@ -182,7 +185,7 @@ def test_verified_units_carry_the_linear_score_of_their_prompts(scores: Scores) 
     for label, record in scores.readouts.items():
         assert record.noise_floor is not None
         assert 0 <= record.noise_floor < 1e-3, label
-        for kind, entry in record.verification.items():
+        for kind, entry in record.verification["sufficiency"].items():
             assert sum(unit.drawn == "top" for unit in entry.units) == min(3, len(entry.units))
             assert len(entry.units) <= 6
             # the tops of all prompts and of the first four are not the same list, but one screen is like the other
@@ -241,11 +244,13 @@ def test_packing_and_streaming_do_not_move_scores(disk: Disk, scores: Scores) ->
 def test_prompts_that_do_not_fit_into_memory_together_add_up(
     disk: Disk, scores: Scores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wpmerge.scoring.HELD_BYTES", 1)
-    steps: list[tuple[str, int, int]] = []
-    settings = dataclasses.replace(QUICK, tokens_per_row=30)
-    found = disk.score("groups", settings, progress=lambda *told: steps.append(told))
-    assert max(of for what, _, of in steps if what == "e0: linear") > 1
+    monkeypatch.setattr("wpmerge.scoring.budget", lambda *_, **__: Budget(held_bytes=1))
+    most = {}
+    for name, settings in (("whole", QUICK), ("groups", dataclasses.replace(QUICK, tokens_per_row=30))):
+        steps: list[tuple[str, int, int]] = []
+        found = disk.score(f"{name}-again", settings, progress=lambda *told, steps=steps: steps.append(told))
+        most[name] = max(of for what, _, of in steps if what == "e0: linear")
+    assert most["groups"] > most["whole"]
     assert drift(scores, found) <= 3
 
 
@@ -346,12 +351,12 @@ def test_a_run_that_fails_leaves_nothing(disk: Disk) -> None:
 
 def test_a_subset_of_kinds_and_of_experts(disk: Disk, scores: Scores) -> None:
     settings = dataclasses.replace(
-        SETTINGS, kinds=("head", "norm"), cross=False, readouts=("anchor",), layer=0, integrated_points=0
+        SETTINGS, kinds=("head", "norm"), cross=False, readouts=("anchor",), layer=0, estimators=("linear",)
     )
     found = disk.score("subset", settings)
     assert found.arrays.keys() == {f"linear/{name}/{name}/{kind}" for name in ("e0", "e1") for kind in ("head", "norm")}
     assert {record.l_star for record in found.readouts.values()} == {0}
-    assert all(set(record.verification) == {"head", "norm"} for record in found.readouts.values())
+    assert all(set(r.verification["sufficiency"]) == {"head", "norm"} for r in found.readouts.values())
 
 
 # bad input ------------------------------------------------------------------------------------------------------------
@@ -519,6 +524,156 @@ def test_every_expert_has_its_capability_and_every_capability_its_expert(disk: D
             disk.score("named", QUICK, experts={kept: disk.models[kept]})
 
 
-def test_a_readout_that_is_not_served_is_not_replaced_by_another(disk: Disk) -> None:
-    with pytest.raises(CapabilityError, match="divergence"):
-        disk.score("named", dataclasses.replace(QUICK, readouts=("divergence",)))
+@pytest.fixture(scope="module")
+def everything(disk: Disk) -> Scores:
+    """Both directions, every estimator and readout, fine and coarse kinds, and a retain set, all units replaced."""
+    settings = dataclasses.replace(
+        SETTINGS,
+        kinds=("head", "norm", "embedding", "attention", "layer", "tensor"),
+        readouts=("reference", "divergence", "anchor"),
+        estimators=("linear", "integrated", "exact"),
+        directions=("sufficiency", "necessity"),
+        integrated_points=8,
+        verify_prompts=6,
+    )
+    return disk.score("everything", settings, retain={"plain": disk.capabilities["e1"]})
+
+
+def test_both_directions_every_estimator_and_a_retain_set(disk: Disk, everything: Scores) -> None:
+    kinds = ("head", "norm", "embedding", "attention", "layer", "tensor")
+    expected = set()
+    for own in ("e0", "e1"):
+        for label in (own, f"{own}@divergence", f"{own}@anchor"):
+            expected |= {f"{name}/{label}/{own}" for name in ("linear", "integrated", "exact")}
+            if "divergence" not in label:
+                expected |= {f"{name}-necessity/{label}/{own}" for name in ("linear", "exact")}
+            expected |= {f"linear/{label}/{other}" for other in ("e0", "e1")}
+    expected |= {f"{name}/plain/{other}" for name in ("linear", "integrated", "exact") for other in ("e0", "e1")}
+    assert everything.arrays.keys() == {f"{key}/{kind}" for key in expected for kind in kinds}
+    record = everything.readouts["plain"]
+    assert (record.gap, record.expert, record.verification) == (None, None, {})
+    assert everything.capabilities["plain"].retain
+    assert everything.capabilities["plain"].references == "base"
+    assert load_scores(disk.root / "everything").readouts == everything.readouts
+
+
+def test_exact_arrays_are_what_verification_found(everything: Scores) -> None:
+    """Verified on all six prompts: the same number by another road, in either direction."""
+    for label, record in everything.readouts.items():
+        own = record.capability
+        for direction, kinds in record.verification.items():
+            for kind, entry in kinds.items():
+                array = everything.array(label, own, kind, estimator="exact", direction=direction)
+                for unit in entry.units:
+                    layer, index = (0, 0) if kind == "embedding" else map(int, unit.unit.split(".")[1:])
+                    assert unit.exact == pytest.approx(float(array[layer, index]), abs=1e-3 + 1e-2 * abs(unit.exact))
+
+
+def test_necessity_of_everything_is_the_gap(disk: Disk) -> None:
+    """One layer, all of it and what stands outside it: undoing the expert unit by unit, hand-made."""
+    family = open_family(disk.models["base"], {name: disk.models[name] for name in ("e0", "e1")})
+    found = disk.score(
+        "necessity",
+        dataclasses.replace(
+            QUICK,
+            kinds=("layer",),
+            directions=("sufficiency", "necessity"),
+            estimators=("linear", "exact"),
+            readouts=("reference",),
+        ),
+    )
+    case = found.capabilities["e0"]
+    entries = {e["prompt"]: e for e in map(json.loads, Path(disk.capabilities["e0"]).read_text().splitlines())}
+    heads = [family.chat.prompt_tokens(text) for text in case.scored]
+    replies = [family.chat.reply_tokens(entries[text]["reference"], limit=5) for text in case.scored]
+    sequences = [head + reply for head, reply in zip(heads, replies, strict=True)]
+    readout, rows = LogProbReadout(layer=2, sequences=sequences, starts=[len(h) for h in heads]), pack(sequences)
+
+    class Undone:
+        """The expert with layer 1 from the base."""
+
+        def layer(self, index: int) -> dict[str, torch.Tensor]:
+            return family.weights["" if index == 1 else "e0"].layer(index)
+
+        def outer(self, names: object = None) -> dict[str, torch.Tensor]:
+            return family.weights["e0"].outer()
+
+    values = [float(measure(family.engine, s, rows, readout).mean()) for s in (family.weights["e0"], Undone())]
+    expected = (values[0] - values[1]) / found.readouts["e0"].gap
+    necessity = found.array("e0", "e0", "layer", estimator="exact", direction="necessity")
+    assert float(necessity[1, 0]) == pytest.approx(expected, abs=2e-4)
+    assert not torch.allclose(necessity, found.array("e0", "e0", "layer", estimator="exact"), atol=1e-3)
+
+
+def test_divergence_is_zero_at_the_expert_and_its_gap_is_positive(everything: Scores) -> None:
+    for name in ("e0", "e1"):
+        record = everything.readouts[f"{name}@divergence"]
+        assert record.expert == pytest.approx(0, abs=1e-6)
+        assert record.base < 0 < record.gap
+
+
+def test_a_bound_on_memory_streams_and_changes_nothing(disk: Disk, scores: Scores) -> None:
+    settings = dataclasses.replace(QUICK, max_memory=64 << 30)
+    assert drift(scores, disk.score("roomy", settings)) == 0
+    with pytest.raises(WpmergeError, match="--max-memory") as caught:
+        disk.score("cramped", dataclasses.replace(QUICK, max_memory=1 << 20))
+    assert "at least" in str(caught.value.expected)
+    assert not list(disk.root.glob("*cramped*"))
+
+
+@pytest.mark.parametrize("stage", ["e0: linear", "e0@divergence: integrated", "e1: exact"])
+def test_a_run_killed_in_the_middle_of_a_stage_goes_on_inside_it(disk: Disk, stage: str) -> None:
+    """Layers, nodes and passes that were finished are not told again as undone work, and the file is the same."""
+    settings = dataclasses.replace(
+        QUICK,
+        kinds=("head", "neuron", "norm"),
+        readouts=("reference", "divergence"),
+        estimators=("linear", "integrated", "exact"),
+        integrated_points=3,
+    )
+    out = disk.root / f"middle-{stage[:2]}-{stage.rsplit(maxsplit=1)[-1]}"
+    seen = []
+
+    def stop(what: str, done: int, of: int) -> None:
+        if what == stage:
+            seen.append(done)
+            if 0 < done < of and len(seen) > 1:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        disk.score(out, settings, progress=stop)
+    (box,) = disk.root.glob(f".{out.name}.wpmerge")
+    kept = {path.name for path in box.rglob("*.safetensors")}
+    assert any(name.startswith(stage.split(": ")[1]) for name in kept), kept
+    whole = disk.score(f"{out.name}-whole", settings)
+    found = disk.score(out, settings)
+    assert (out / "scores.safetensors").read_bytes() == (
+        disk.root / f"{out.name}-whole/scores.safetensors"
+    ).read_bytes()
+    assert found.readouts == whole.readouts
+
+
+def test_a_resumed_run_cuts_its_work_as_the_first_did(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Free memory is another when the run goes on: the groups of rows stay those of the pieces."""
+    settings = dataclasses.replace(QUICK, tokens_per_row=30, readouts=("reference",))
+    whole = disk.score("cut-whole", settings)
+    told = []
+
+    def stop(what: str, done: int, of: int) -> None:
+        told.append(what)
+        if told.count("e0: linear") == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        disk.score("cut", settings, progress=stop)
+    monkeypatch.setattr("wpmerge.scoring.budget", lambda *_, **__: Budget(held_bytes=1))
+    found = disk.score("cut", settings)
+    assert all(torch.equal(found.arrays[key].nan_to_num(9), array.nan_to_num(9)) for key, array in whole.arrays.items())
+
+
+def test_what_scores_rest_on_cannot_be_left_out(disk: Disk) -> None:
+    for change in ({"estimators": ("integrated",)}, {"directions": ("necessity",)}):
+        with pytest.raises(WpmergeError, match="rest"):
+            dataclasses.replace(QUICK, **change)
+    with pytest.raises(CapabilityError, match="no unit of these kinds"):
+        disk.score("named", dataclasses.replace(QUICK, kinds=("positions",)))

@@ -10,6 +10,7 @@ from tiny import CONFIGS, ModelWeights, tiny_model
 from wpmerge.arch import LAYER_KINDS, Layout, Slice, Unit
 from wpmerge.checkpoint import open_checkpoint
 from wpmerge.errors import CheckpointError
+from wpmerge.models import layout_of
 from wpmerge.weights import CheckpointWeights, MixedWeights, differs, swap, swap_kind
 
 CPU = torch.device("cpu")
@@ -110,3 +111,16 @@ def test_mixed_weights_hand_over_canonical_names_and_tensors_in_order() -> None:
     assert all(name in base.tensors for name in seen)
     for name, value in found.items():
         assert torch.equal(value, base.tensors[name] + 10 * expert.tensors[name])
+
+
+def test_streamed_matrices_outside_the_layers_stay_as_they_are_stored(tmp_path: Path) -> None:
+    model = tiny_model("gpt2", seed=0).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    layout = layout_of(checkpoint)
+    streamed = CheckpointWeights(layout, checkpoint, device=torch.device("cpu"), resident=False)
+    assert {value.dtype for value in streamed.outer().values() if value.ndim > 1} == {torch.bfloat16}
+    assert {value.dtype for value in streamed.outer().values() if value.ndim == 1} == {torch.float32}
+    assert {value.dtype for value in streamed.layer(1).values()} == {torch.float32}
+    same = MixedWeights(layout=layout, sources=(streamed, streamed), mix=lambda _, pair: torch.lerp(*pair, 0.5))
+    assert {value.dtype for value in same.outer().values()} == {torch.float32}

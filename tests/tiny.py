@@ -84,5 +84,5 @@ class ModelWeights:
         prefix = self.layout.layer_prefix(index)
         return {name.removeprefix(prefix): self.tensors[name] for name in self.layout.layer_tensors(index)}
 
-    def outer(self) -> dict[str, torch.Tensor]:
+    def outer(self, names: object = None) -> dict[str, torch.Tensor]:
         return {name: self.tensors[name] for name in self.layout.outer_tensors()}

@@ -1,7 +1,7 @@
 """Vector anchors: a direction in the residual stream that says "the control state of the capability has formed".
 
 Formulas and the layer choice: docs/method.md, section "Readouts" (contrast anchor: arXiv:2604.13694 with the steering
-vector of Stolfo et al., ICLR 2025; cross-fitting and layer choice are this project's).
+vector of Stolfo et al., ICLR 2025; cross-fitting, the carried share and the layer choice are this project's).
 
 Shape suffixes: n items (pairs or prompts), L layers, D residual width.
 """
@@ -22,11 +22,11 @@ from wpmerge.weights import WeightSource
 
 COSINE = 0.9
 """Least split-half cosine of a reliable direction."""
-SHARE_OF_T = 0.5
-"""Least cross-fitted t of the chosen layer, as a share of the largest over layers."""
 LEAST_T = 5.0
-"""Below this the largest t itself could be noise: there are tens of layers to choose from, and on pure noise this t has
-a standard deviation of about 1.4 (contrast) to 1.7 (pair), since each half is read with the other's direction."""
+"""Least cross-fitted t of the chosen layer: there are tens of layers to choose from, and on pure noise this t has a
+standard deviation of about 1.4 (contrast) to 1.7 (pair), since each half is read with the other's direction."""
+SHARE_OF_CARRIED = 0.5
+"""Least carried share of the chosen layer, as a part of the largest over layers: there the capability has formed."""
 DEPTH = 0.9
 """The chosen layer is no later than this share of the depth."""
 
@@ -40,12 +40,16 @@ class AnchorPoint:
         cosine: between the directions from two halves of the prompts, −1 to 1.
         gap: cross-fitted F(expert) − F(base), in residual-stream units: each half read with the other's direction.
         t: that gap's t-statistic over items.
+        carried: share of the behavioural gap that the direction carries here, to first order: what moving the base's
+            stream along it, as far as the expert's is, would do to the reference log-probability. Cross-fitted too;
+            None where there is no gap to carry.
     """
 
     layer: int
     cosine: float
     gap: float
     t: float
+    carried: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -67,13 +71,29 @@ class Anchor:
     reliable: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Behaviour:
+    """What the residual stream at a prompt's last token does to the behavioural readout.
+
+    Attributes:
+        slopes: ∂F/∂a_l in the base's run, F being the reference log-probability.
+        moves: a_l(x; expert) − a_l(x; base), for a contrast pair's prompt with the instruction.
+        gap: F(expert) − F(base).
+    """
+
+    slopes: Float[Tensor, "n L D"]
+    moves: Float[Tensor, "n L D"]
+    gap: float
+
+
 @torch.no_grad()
 def last_token_states(engine: Engine, source: WeightSource, rows: Sequence[Row], count: int) -> Float[Tensor, "n L D"]:
     """The residual stream after every layer at each sequence's last token, float64; ``count`` sequences."""
     layout = engine.layout
     found = torch.empty(count, layout.layers, layout.hidden, dtype=torch.float64)
-    outer = source.outer()
+    outer = source.outer(layout.input_tensors())
     entries = [engine.embed(outer, row) for row in rows]
+    del outer
     states = [entry.hidden for entry in entries]
     for index in range(layout.layers):
         weights = source.layer(index)
@@ -87,6 +107,7 @@ def last_token_states(engine: Engine, source: WeightSource, rows: Sequence[Row],
 def fit_anchor(
     expert_states: Float[Tensor, "n L D"],
     base_states: Float[Tensor, "n L D"],
+    behaviour: Behaviour,
     *,
     kind: Literal["contrast", "pair"],
     name: str,
@@ -98,6 +119,7 @@ def fit_anchor(
     Args:
         expert_states: per item what is projected: for a contrast anchor a_l(x⁺) − a_l(x⁻), for a pair anchor a_l(x).
         base_states: the same in the base.
+        behaviour: what the streams do to the output.
         kind: contrast: v is the mean of the expert's; pair: of expert minus base.
         name: the capability, for messages.
         layer: l*, if not to be chosen.
@@ -117,9 +139,16 @@ def fit_anchor(
     crossed = torch.cat([torch.einsum("nld,ld->nl", change[halves[i]], directions[1 - i]) for i in (0, 1)])
     gaps = crossed.mean(dim=0)
     t = gaps / (crossed.std(dim=0) / len(crossed) ** 0.5).clamp_min(1e-300)
+    carried = torch.stack([_carried(behaviour, halves[i], directions[1 - i]) for i in (0, 1)]).sum(dim=0)
     curve = tuple(
-        AnchorPoint(layer=index, cosine=float(cosines[index]), gap=float(gaps[index]), t=float(t[index]))
-        for index in range(len(t))
+        AnchorPoint(
+            layer=index,
+            cosine=float(cosines[index]),
+            gap=float(gaps[index]),
+            t=float(t[index]),
+            carried=float(carried[index]) if behaviour.gap > 0 else None,
+        )
+        for index in range(layers)
     )
     chosen = layer if layer is not None else _choose(curve)
     reliable = chosen is not None and _passes(curve[chosen], curve)
@@ -145,23 +174,37 @@ def _allowed(curve: Sequence[AnchorPoint]) -> list[AnchorPoint]:
 
 
 def _choose(curve: Sequence[AnchorPoint]) -> int | None:
-    """The smallest layer that is reliable enough."""
+    """The smallest layer whose direction is stable, separates the models, and carries the behaviour."""
     return next((point.layer for point in _allowed(curve) if _passes(point, curve)), None)
 
 
+def _carried(behaviour: Behaviour, half: slice, directions: Float[Tensor, "L D"]) -> Float[Tensor, " L"]:
+    """Σ ⟨∂F, v⟩⟨move, v⟩ over some items, a share of the gap."""
+    slopes, moves = (
+        torch.einsum("nld,ld->nl", states[half], directions) for states in (behaviour.slopes, behaviour.moves)
+    )
+    return (slopes * moves).sum(dim=0) / behaviour.gap
+
+
 def _passes(point: AnchorPoint, curve: Sequence[AnchorPoint]) -> bool:
-    largest = max(other.t for other in curve)
-    return largest >= LEAST_T and point.cosine >= COSINE and point.t >= SHARE_OF_T * largest
+    carried = point.carried or 0.0
+    formed = carried > 0 and carried >= SHARE_OF_CARRIED * _most_carried(curve)
+    return formed and point.t >= LEAST_T and point.cosine >= COSINE
+
+
+def _most_carried(curve: Sequence[AnchorPoint]) -> float:
+    return max(point.carried or 0.0 for point in _allowed(curve))
 
 
 def _unreliable(curve: Sequence[AnchorPoint], name: str) -> AnchorError:
     best = max(_allowed(curve), key=lambda point: point.t)
-    largest = max(point.t for point in curve)
     return AnchorError(
         "no layer gives a reliable anchor for this capability",
         where=name,
-        got=f"best at layer {best.layer}: cross-fitted t {best.t:.1f}, split-half cosine {best.cosine:.2f}",
-        expected=f"cosine at least {COSINE}, t at least {max(LEAST_T, SHARE_OF_T * largest):.1f}",
+        got=f"best at layer {best.layer}: cross-fitted t {best.t:.1f}, split-half cosine {best.cosine:.2f}, "
+        f"carried share {'none' if best.carried is None else format(best.carried, '.2g')}",
+        expected=f"cosine at least {COSINE}, t at least {LEAST_T}, carried share at least "
+        f"{SHARE_OF_CARRIED * _most_carried(curve):.2g}",
         mend="more prompts (--prompts), or --accept-anchor, --layer N, or --readout reference",
     )
 

@@ -341,6 +341,14 @@ class Layout:
                     found.setdefault(unit, []).append(piece)
         return {unit: tuple(pieces) for unit, pieces in found.items()}
 
+    def coarse_units(self, kind: Kind, name: str) -> tuple[int, ...]:
+        """Which coarse units of a layer hold a tensor, whose name is relative to the layer."""
+        module = {"attention": f"{self.arch.attention}.", "mlp": f"{self.arch.mlp}.", "layer": ""}
+        if kind == "tensor":
+            prefix = self.layer_prefix(0)
+            return (self.layer_tensors(0).index(prefix + name),)
+        return (0,) if name.startswith(module[kind]) else ()
+
     @staticmethod
     def is_outer(unit: Unit) -> bool:
         """Whether the unit stands outside the decoder layers."""
@@ -370,6 +378,16 @@ class Layout:
         """The canonical names of the tensors outside the layers."""
         prefix = f"{self.arch.body}.{self.arch.layers}."
         return tuple(name for name in self.tensors if not name.startswith(prefix))
+
+    def input_tensors(self) -> tuple[str, ...]:
+        """The canonical names of what stands before layer 0: embedding and positions."""
+        ends = (f"{self.arch.embedding}.weight", f"{self.arch.positions}.weight")
+        return tuple(name for name in self.outer_tensors() if name.endswith(ends))
+
+    def output_tensors(self) -> tuple[str, ...]:
+        """The canonical names of what stands behind the last layer: final norm and output head."""
+        final = f"{self.arch.body}.{self.arch.final_norm}."
+        return tuple(name for name in self.outer_tensors() if name == self.head or name.startswith((final, "lm_head.")))
 
     @property
     def embedding(self) -> str:

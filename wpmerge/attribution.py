@@ -3,7 +3,7 @@
 Shape suffixes: U copies (always 1 here), T tokens of a row, D residual width, H attention inputs to W_O, I neurons.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wpmerge.arch import COARSE_KINDS, KINDS, MODEL_KINDS, Kind, Layout, Unit
 from wpmerge.engine import Call, Engine, Taps
+from wpmerge.pieces import Forget, Keeper
 from wpmerge.readouts import Readout, Trace, output_gradient, read_states, trace
 from wpmerge.rows import Row
 from wpmerge.weights import Weights, WeightSource, differs, swap, swap_kind
@@ -52,6 +53,8 @@ def linear(
     readout: Readout,
     *,
     kinds: Sequence[Kind] = KINDS,
+    keeper: Keeper | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> list[UnitArrays]:
     """Estimate F(base with u from an expert) − F(base) for every unit u, all experts from one backward run.
 
@@ -67,32 +70,85 @@ def linear(
         rows: the readout's prompts.
         readout: F.
         kinds: which unit kinds to score; kinds that the model lacks are left out.
+        keeper: keeps each finished layer, and the gradient that the next one needs.
+        progress: called with the number of units just finished.
 
     Returns:
         For each expert the raw effects, in the readout's own unit; NaN for units that the readout cannot see.
     """
-    run = trace(engine, base, rows, last=readout.layer)
+    keeper, last = keeper or Forget(), readout.layer
     effects = [empty_arrays(engine.layout, kinds) for _ in experts]
-    outer = base.outer()
-    gradients = [
-        output_gradient(engine, outer, row, readout, states[-1]) for row, states in zip(rows, run.hidden, strict=True)
-    ]
-    _outer_effects(engine, base, experts, rows, readout, run, effects)
-    for index in reversed(range(readout.layer + 1)):
-        weights = base.layer(index)
-        expert_weights = [expert.layer(index) for expert in experts]
-        for arrays in effects:
-            for kind in arrays.keys() - set(MODEL_KINDS):
-                arrays[kind][index] = 0.0
-        for number, entry in enumerate(run.entries):
-            hidden = run.hidden[number][index]
-            local = _backward(engine, index, weights, hidden, entry.calls[index], gradients[number])
-            run.hidden[number].pop()  # what lies above is no longer needed
-            gradients[number] = local.g_input
-            for arrays, patched in zip(effects, expert_weights, strict=True):
-                _add_layer_effects(engine, weights, patched, local, arrays)
+    inner = [kind for kind in effects[0] if kind not in MODEL_KINDS] if effects else []
+    state = keeper.get("gradient")
+    reached = int(state["layer"]) if state is not None else last + 1
+    run = trace(engine, base, rows, last=last if state is None else reached - 1)
+    if state is None:
+        gradients = _read_output(engine, base, experts, rows, readout, run, effects)
+        keeper.put("outer", _named(effects, MODEL_KINDS))
+    else:
+        gradients = [state[str(number)].to(engine.device) for number in range(len(rows))]
+        _take(effects, keeper.get("outer"))
+    for index in reversed(range(last + 1)):
+        if index >= reached:
+            _take(effects, keeper.get(f"layer-{index}"), index)
+        else:
+            gradients = _layer_effects(engine, index, base, experts, run, gradients, inner, effects)
+            keeper.put(f"layer-{index}", _named(effects, inner, index))
+            parts = {str(number): gradient for number, gradient in enumerate(gradients)}
+            keeper.put("gradient", {"layer": torch.tensor(index), **parts})
+        if progress is not None:
+            progress(sum(engine.layout.shape(kind)[1] for kind in inner) * len(experts))
     _input_effects(engine, base, experts, rows, gradients, run, effects)
     return effects
+
+
+def _named(effects: Sequence[UnitArrays], kinds: Sequence[Kind], index: int | None = None) -> dict[str, Tensor]:
+    """All experts' arrays of some kinds, or their rows of one layer, under names for a keeper."""
+    return {
+        f"{number}/{kind}": arrays[kind] if index is None else arrays[kind][index]
+        for number, arrays in enumerate(effects)
+        for kind in kinds
+        if kind in arrays
+    }
+
+
+def _take(effects: Sequence[UnitArrays], kept: dict[str, Tensor] | None, index: int | None = None) -> None:
+    """Put back what :func:`_named` took."""
+    assert kept is not None, "what the gradient has passed was kept before it"
+    for name, value in kept.items():
+        number, kind = name.split("/")
+        arrays = effects[int(number)]
+        if index is None:
+            arrays[kind] = value  # type: ignore[index]
+        else:
+            arrays[kind][index] = value  # type: ignore[index]
+
+
+def _layer_effects(
+    engine: Engine,
+    index: int,
+    base: WeightSource,
+    experts: Sequence[WeightSource],
+    run: Trace,
+    gradients: Sequence[Tensor],
+    kinds: Sequence[Kind],
+    effects: Sequence[UnitArrays],
+) -> list[Tensor]:
+    """Score one layer's units for every expert, one expert's weights at a time; the gradients at the layer's input."""
+    weights = base.layer(index)
+    local = [
+        _backward(engine, index, weights, hidden[index], entry.calls[index], gradient)
+        for hidden, entry, gradient in zip(run.hidden, run.entries, gradients, strict=True)
+    ]
+    for hidden in run.hidden:
+        hidden.pop()  # what lies above is no longer needed
+    for arrays, expert in zip(effects, experts, strict=True):
+        patched = expert.layer(index)
+        for kind in kinds:
+            arrays[kind][index] = 0.0
+            for row in local:
+                arrays[kind][index] += _kind_effects(engine, kind, weights, patched, row).to(arrays[kind])
+    return [row.g_input for row in local]
 
 
 def _backward(engine: Engine, index: int, weights: Weights, hidden: Tensor, call: Call, gradient: Tensor) -> _Local:
@@ -128,23 +184,18 @@ def _detached(value: object) -> object:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _add_layer_effects(engine: Engine, weights: Weights, patched: Weights, local: _Local, arrays: UnitArrays) -> None:
-    layout, index = engine.layout, local.index
-    for kind, array in arrays.items():
-        if kind in MODEL_KINDS:
-            continue
-        spans = layout.arch.norm_spans_heads and kind in ("head", "kv_group")
-        if spans:
-            effect = _attention_unit_effects(engine, kind, weights, patched, local)
-        elif kind == "head":
-            effect = _head_effects(engine, weights, patched, local)
-        elif kind == "neuron":
-            effect = _neuron_effects(engine, weights, patched, local)
-        elif kind == "kv_group":
-            effect = _kv_group_effects(engine, weights, patched, local)
-        else:
-            effect = _layer_output_effects(engine, kind, weights, patched, local)
-        array[index] += effect.to(array)
+def _kind_effects(
+    engine: Engine, kind: Kind, weights: Weights, patched: Weights, local: _Local
+) -> Float[Tensor, " units"]:
+    if engine.layout.arch.norm_spans_heads and kind in ("head", "kv_group"):
+        return _attention_unit_effects(engine, kind, weights, patched, local)
+    if kind == "head":
+        return _head_effects(engine, weights, patched, local)
+    if kind == "neuron":
+        return _neuron_effects(engine, weights, patched, local)
+    if kind == "kv_group":
+        return _kv_group_effects(engine, weights, patched, local)
+    return _layer_output_effects(engine, kind, weights, patched, local)
 
 
 def _head_effects(engine: Engine, weights: Weights, patched: Weights, local: _Local) -> Float[Tensor, " heads"]:
@@ -200,7 +251,7 @@ def _layer_output_effects(
     return torch.stack(effects)
 
 
-def _outer_effects(
+def _read_output(
     engine: Engine,
     base: WeightSource,
     experts: Sequence[WeightSource],
@@ -208,17 +259,23 @@ def _outer_effects(
     readout: Readout,
     run: Trace,
     effects: Sequence[UnitArrays],
-) -> None:
-    """Replace final norm and head, where the readout reaches them; a tied embedding's part as the head among them."""
-    if not readout.reads_output:
-        return
-    outer, layout = base.outer(), engine.layout
+) -> list[Tensor]:
+    """∂F at each row's last residual stream; and, where the readout reaches them, replace final norm and head.
+
+    A tied embedding's part as the head is among them. What stands outside the layers is let go on return.
+    """
+    layout = engine.layout
+    outer = base.outer(layout.output_tensors())
     states = [hidden[-1] for hidden in run.hidden]
+    gradients = [output_gradient(engine, outer, row, readout, hidden) for row, hidden in zip(rows, states, strict=True)]
     before: Tensor | None = None
     for arrays, expert in zip(effects, experts, strict=True):
-        source = expert.outer()
-        for kind in ("final_norm", "lm_head", "embedding"):
-            if kind not in arrays or (kind == "embedding" and not layout.tied):
+        reached = (
+            [kind for kind in ("final_norm", "lm_head", "embedding") if kind in arrays] if readout.reads_output else []
+        )
+        source = expert.outer(layout.output_tensors()) if reached else {}
+        for kind in reached:
+            if kind == "embedding" and not layout.tied:
                 continue
             pieces = layout.slices(Unit(kind=kind, layer=0, index=0))
             arrays[kind][0, 0] = 0.0
@@ -227,6 +284,8 @@ def _outer_effects(
                     before = read_states(engine, outer, rows, readout, states)
                 after = read_states(engine, swap(pieces, outer, source), rows, readout, states)
                 arrays[kind][0, 0] = (after - before).double().mean()
+        del source  # before the next expert's is read
+    return gradients
 
 
 def _input_effects(
@@ -239,9 +298,9 @@ def _input_effects(
     effects: Sequence[UnitArrays],
 ) -> None:
     """Embedding and positions: their output's change contracted with ∂F at layer 0."""
-    outer = base.outer()
+    outer = base.outer(engine.layout.input_tensors())
     for arrays, expert in zip(effects, experts, strict=True):
-        source = expert.outer()
+        source = expert.outer(engine.layout.input_tensors())
         for kind in ("embedding", "positions"):
             if kind not in arrays:
                 continue
@@ -251,3 +310,4 @@ def _input_effects(
                 for row, gradient, entry in zip(rows, gradients, run.entries, strict=True)
             )
             arrays[kind] = torch.nan_to_num(arrays[kind]) + change
+        del source  # before the next expert's is read

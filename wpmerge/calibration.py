@@ -1,50 +1,76 @@
-"""Choose the few global numbers of a merge by running it on held-out prompts: seconds, no generation, no benchmark.
+"""What a merge is worth on held-out prompts, and the search for its few global numbers: no generation, no benchmark.
 
 Shape suffixes: E experts.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from wpmerge.engine import Engine
 from wpmerge.errors import RecipeError
 from wpmerge.plan import Coefficient
-from wpmerge.readouts import Readout, measure
+from wpmerge.readouts import Readout, final_states, measure, read_states
 from wpmerge.rows import Row
 from wpmerge.weights import MixedWeights, WeightSource
 
 EPSILON = 0.01
 """ε of the utility Σ_f log(ε + min(1, R̂_f)): a lost skill costs much, but not everything."""
+TOLERANCE = 0.02
+"""How far a merge may fall below the base on a retain set's replies, nats per token."""
+PENALTY = 4.0
+"""What each further tolerance beyond the first costs, in units of the utility: more than a merge can win by it."""
 GRID = (0.3, 0.5, 0.7, 0.9)
 STEPS = (0.2, 0.1, 0.05)
+_T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class HeldOutReading:
     """A capability's readout on held-out prompts, and what base and expert give there.
 
     Attributes:
         readout: F.
         rows: the held-out prompts.
-        base: F(base).
-        expert: F(its own expert).
+        base_items: each prompt's number for the base.
+        expert_items: for its own expert; None for a retain set, which has none.
     """
 
     readout: Readout
     rows: Sequence[Row]
-    base: float
-    expert: float
+    base_items: Float[Tensor, " items"]
+    expert_items: Float[Tensor, " items"] | None
+
+    @property
+    def retain(self) -> bool:
+        """Whether this is a retain set: what a merge must not lose."""
+        return self.expert_items is None
+
+    @property
+    def base(self) -> float:
+        """F(base)."""
+        return float(self.base_items.mean())
+
+    @property
+    def expert(self) -> float:
+        """F(its own expert); a retain set's own model is the base."""
+        return self.base if self.expert_items is None else float(self.expert_items.mean())
 
 
 def read_held_out(
-    engine: Engine, base: WeightSource, expert: WeightSource, readout: Readout, rows: Sequence[Row]
+    engine: Engine, base: WeightSource, expert: WeightSource | None, readout: Readout, rows: Sequence[Row]
 ) -> HeldOutReading:
-    """Measure base and expert once, so that a merge's retention can be told from its own run alone."""
-    values = [float(measure(engine, source, rows, readout).double().mean()) for source in (base, expert)]
-    return HeldOutReading(readout=readout, rows=rows, base=values[0], expert=values[1])
+    """Measure base and expert (None for a retain set) once, so that a merge is judged from its own run alone."""
+    before, after = (
+        None if source is None else measure(engine, source, rows, readout).double() for source in (base, expert)
+    )
+    assert before is not None
+    return HeldOutReading(readout=readout, rows=rows, base_items=before, expert_items=after)
 
 
 def merged_source(
@@ -74,13 +100,45 @@ def merged_source(
     return MixedWeights(layout=engine.layout, sources=(base, *experts.values()), mix=mix)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """Where a merge stands on held-out prompts.
+
+    Attributes:
+        kept: capability → retention R̂_f, the fraction of the gap from base to expert.
+        lost: retain set → how far below the base its replies' log-probability is, nats per token.
+    """
+
+    kept: Mapping[str, float]
+    lost: Mapping[str, float] = field(default_factory=dict)
+
+    def worth(self, tolerance: float = TOLERANCE) -> float:
+        """The utility, less :data:`PENALTY` for each tolerance that a retain set has lost beyond the first."""
+        excess = sum(max(0.0, value / tolerance - 1.0) for value in self.lost.values())
+        return utility(self.kept) - PENALTY * excess
+
+
+def assess(engine: Engine, merged: WeightSource, readings: Mapping[str, HeldOutReading]) -> Standing:
+    """Read every capability and retain set in one run, so that a merge is mixed once."""
+    last = max(reading.readout.layer for reading in readings.values())
+    assert all(reading.readout.layer == last for reading in readings.values()), "readings of one layer run together"
+    states = final_states(engine, merged, [row for reading in readings.values() for row in reading.rows], last)
+    outer, start = merged.outer(), 0
+    kept, lost = {}, {}
+    for name, reading in readings.items():
+        own = states[start : start + len(reading.rows)]
+        start += len(reading.rows)
+        value = float(read_states(engine, outer, reading.rows, reading.readout, own)[0].double().mean())
+        if reading.retain:
+            lost[name] = reading.base - value
+        else:
+            kept[name] = (value - reading.base) / (reading.expert - reading.base)
+    return Standing(kept=kept, lost=lost)
+
+
 def retention(engine: Engine, merged: WeightSource, readings: Mapping[str, HeldOutReading]) -> dict[str, float]:
     """Per capability, the fraction of the gap from base to expert that a merge keeps."""
-    found = {}
-    for name, reading in readings.items():
-        value = float(measure(engine, merged, reading.rows, reading.readout).double().mean())
-        found[name] = (value - reading.base) / (reading.expert - reading.base)
-    return found
+    return dict(assess(engine, merged, readings).kept)
 
 
 def utility(kept: Mapping[str, float]) -> float:
@@ -88,54 +146,93 @@ def utility(kept: Mapping[str, float]) -> float:
     return sum(math.log(EPSILON + min(1.0, max(0.0, value))) for value in kept.values())
 
 
-def search_scales(
-    experts: Sequence[str],
-    evaluate: Callable[[dict[str, float]], dict[str, float]],
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tunable:
+    """Numbers that a search moves together.
+
+    Attributes:
+        names: which.
+        low: least value.
+        high: greatest value.
+        grid: values tried first, for all of them alike.
+        steps: then moves up and down, one size after another; empty for none.
+        factor: steps multiply by 1 + step instead of adding it.
+    """
+
+    names: tuple[str, ...]
+    low: float = 0.0
+    high: float
+    grid: tuple[float, ...] = ()
+    steps: tuple[float, ...] = STEPS
+    factor: bool = False
+
+    def moved(self, point: Mapping[str, float], step: float) -> dict[str, float]:
+        """The point with these numbers moved by a signed step, within their range."""
+        up = {name: point[name] * (1 + abs(step)) ** math.copysign(1, step) for name in self.names}
+        moved = up if self.factor else {name: point[name] + step for name in self.names}
+        return dict(point) | {name: round(min(self.high, max(self.low, each)), 6) for name, each in moved.items()}
+
+
+def search_numbers(
+    start: Mapping[str, float],
+    tunables: Sequence[Tunable],
+    evaluate: Callable[[dict[str, float]], _T],
+    worth: Callable[[_T], float],
     *,
     evaluations: int,
-    together: bool,
-    highest: float,
-) -> tuple[dict[str, float], dict[str, float]]:
-    """The scale per expert with the largest utility: a grid of common scales, then one expert at a time.
+) -> tuple[dict[str, float], _T]:
+    """Coordinate search: each tunable's grid in turn, then each one up and down with shrinking steps.
 
     Args:
-        experts: their names.
-        evaluate: scales → retention per capability.
+        start: name → value; evaluated only if no tunable has a grid.
+        tunables: what may be moved, the most important first.
+        evaluate: numbers → what they lead to; called once for each point.
+        worth: what that is worth; the largest wins, the first of equals.
         evaluations: how many times ``evaluate`` may be called, at least 1.
-        together: one scale for all experts.
-        highest: largest scale tried.
 
     Returns:
-        The best scales seen, and their retention.
+        The best point seen, and what it led to.
 
     Raises:
         RecipeError: no evaluation is allowed.
     """
     if evaluations < 1:
         raise RecipeError("choosing scales takes at least one evaluation", got=evaluations, mend="or give the scales")
-    seen: dict[tuple[float, ...], dict[str, float]] = {}
+    seen: dict[tuple[tuple[str, float], ...], _T] = {}
 
-    def value(scales: tuple[float, ...]) -> float:
-        if scales not in seen:
+    def value(point: dict[str, float]) -> float:
+        key = tuple(sorted(point.items()))
+        if key not in seen:
             if len(seen) >= evaluations:
                 return -math.inf
-            seen[scales] = evaluate(dict(zip(experts, scales, strict=True)))
-        return utility(seen[scales])
+            seen[key] = evaluate(dict(point))
+        return worth(seen[key])
 
-    grid = sorted({min(scale, highest) for scale in GRID})
-    best = max(((scale,) * len(experts) for scale in grid), key=value)
-    moves = [range(len(experts))] if together or len(experts) == 1 else [[i] for i in range(len(experts))]
-    for step in STEPS:
+    best = dict(start)
+    for tunable in tunables:
+        if tunable.grid:
+            grid = sorted({min(each, tunable.high) for each in tunable.grid})
+            tried = [best | dict.fromkeys(tunable.names, each) for each in grid]
+            best = max([best, *tried] if seen else tried, key=value)
+    if not seen:
+        value(best)
+    for size in range(max((len(tunable.steps) for tunable in tunables), default=0)):
+        movable = [tunable for tunable in tunables if size < len(tunable.steps)]
         improved = True
         while improved and len(seen) < evaluations:
             improved = False
-            for members in moves:
+            for tunable in movable:
                 for sign in (1, -1):
-                    moved = tuple(
-                        round(min(highest, max(0.0, s + sign * step)), 6) if i in members else s
-                        for i, s in enumerate(best)
-                    )
+                    moved = tunable.moved(best, sign * tunable.steps[size])
                     if value(moved) > value(best):
                         best, improved = moved, True
                         break
-    return dict(zip(experts, best, strict=True)), seen[best]
+    return best, seen[tuple(sorted(best.items()))]
+
+
+def scale_tunables(experts: Sequence[str], *, together: bool, highest: float) -> list[Tunable]:
+    """A grid of common scales, then steps of all together or of one expert at a time."""
+    if together or len(experts) == 1:
+        return [Tunable(names=tuple(experts), high=highest, grid=GRID)]
+    common = Tunable(names=tuple(experts), high=highest, grid=GRID, steps=())
+    return [common, *(Tunable(names=(name,), high=highest) for name in experts)]

@@ -21,11 +21,13 @@ class Prompt:
         prompt: what the user says.
         without: the same without the instruction; a capability whose prompts have it gets a contrast anchor.
         reference: a reply that shows the capability; without one the expert's own continuation is taken.
+        query: what is asked, however it is put; None takes ``without``, or else the prompt. Not part of the hash.
     """
 
     prompt: str
     without: str | None = None
     reference: str | None = None
+    query: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +56,8 @@ class Capability:
 
     def content_hash(self) -> str:
         """SHA-256 of the prompts, in order."""
-        text = json.dumps([asdict(prompt) for prompt in self.prompts], ensure_ascii=False, sort_keys=True)
+        shown = [{key: text for key, text in asdict(prompt).items() if key != "query"} for prompt in self.prompts]
+        text = json.dumps(shown, ensure_ascii=False, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def split(self, *, scoring: int, held_out: int, seed: int) -> tuple["Capability", "Capability"]:
@@ -67,7 +70,7 @@ class Capability:
         """
         groups: dict[str, list[Prompt]] = {}
         for prompt in self.prompts:
-            groups.setdefault(prompt.without or prompt.prompt, []).append(prompt)
+            groups.setdefault(prompt.query or prompt.without or prompt.prompt, []).append(prompt)
         chance = random.Random(seed)
         queries = list(groups.values())
         chance.shuffle(queries)
@@ -106,13 +109,15 @@ def load_capability(name: str, spec: str) -> Capability:
             one ``{"prompt", "without"?, "reference"?}`` a line; other keys are ignored.
 
     Raises:
-        CapabilityError: no such name or file; an empty or malformed file, with its line number.
+        CapabilityError: no such name or file; names joined of which some have ``without`` or ``reference`` and some
+            have not; an empty or malformed file, with its line number.
     """
     if Path(spec).suffix in (".jsonl", ".json") or Path(spec).is_file():
         prompts = _read_jsonl(Path(spec))
     else:
         parts = [_builtin_prompts(part) for part in spec.split("+")]
-        prompts = [prompt for group in zip(*parts, strict=True) for prompt in group]
+        prompts = _in_turn(parts)
+        _check_alike(prompts, spec)
     if len(prompts) < MINIMUM:
         raise CapabilityError(
             "the capability has too few prompts", where=spec, got=len(prompts), expected=f"at least {MINIMUM}"
@@ -127,7 +132,23 @@ def _builtin_prompts(name: str) -> list[Prompt]:
             got=name,
             expected="a path to a .jsonl file, or one of " + ", ".join(builtin.names()),
         )
-    return [Prompt(prompt=entry["prompt"], without=entry["without"]) for entry in builtin.prompts(name)]
+    optional = ("without", "reference", "query")
+    return [
+        Prompt(prompt=entry["prompt"], **{field: entry.get(field) for field in optional})
+        for entry in builtin.prompts(name)
+    ]
+
+
+def _check_alike(prompts: Sequence[Prompt], spec: str) -> None:
+    for field in ("without", "reference"):
+        if len({getattr(prompt, field) is None for prompt in prompts}) > 1:
+            raise CapabilityError(
+                "these built-in capabilities cannot be joined",
+                where=spec,
+                got=f'"{field}" in the prompts of some only',
+                expected="instructions only, or only sets of the same kind",
+                mend="score them as capabilities of their own",
+            )
 
 
 def _read_jsonl(path: Path) -> list[Prompt]:

@@ -6,6 +6,7 @@ dot64 of a tensor: its bytes in row-major order, padded with zeros to whole litt
 """
 
 import threading
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -30,11 +31,15 @@ class Checksum:
             raise ValueError(f"a block begins at byte {start}, which is no multiple of 8")
         data = block.contiguous().view(torch.uint8).numpy()
         whole = len(data) // 8 * 8
-        total = _dot(start // 8, data[:whole].view(np.uint64))
+        total = _total(start // 8, data[:whole].view(np.uint64))
         if whole < len(data):
             tail = np.zeros(8, np.uint8)
             tail[: len(data) - whole] = data[whole:]
-            total += _dot((start + whole) // 8, tail.view(np.uint64))
+            total += _total((start + whole) // 8, tail.view(np.uint64))
+        self.add_part(total)
+
+    def add_part(self, total: int) -> None:
+        """Take in what some part of the tensor adds to the sum."""
         with self._lock:
             self._total = (self._total + total) & _MASK64
 
@@ -59,15 +64,26 @@ def splitmix64(seed: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
-_KEYS = splitmix64(np.arange(PERIOD, dtype=np.uint64)) | np.uint64(1)  # odd: no bit of a word is lost
+Words = NDArray[np.uint64]
+KEYS: Words = splitmix64(np.arange(PERIOD, dtype=np.uint64)) | np.uint64(1)  # odd: no bit of a word is lost
 
 
-def _dot(first: int, words: NDArray[np.uint64]) -> int:
+def odd_numbers(nbytes: int) -> Words:
+    """odd(j) for at least the periods that a tensor of some bytes begins."""
+    return _odd_numbers(1 << (nbytes // (8 * PERIOD)).bit_length())
+
+
+@lru_cache(maxsize=64)
+def _odd_numbers(periods: int) -> Words:
+    return np.uint64(2) * splitmix64(np.uint64(2**32) + np.arange(periods, dtype=np.uint64)) + np.uint64(1)
+
+
+def _total(first: int, words: Words) -> int:
     total, done = 0, 0
+    odds = odd_numbers(8 * (first + len(words)))
     while done < len(words):
         period, place = divmod(first + done, PERIOD)
         part = words[done : done + PERIOD - place]
-        odd = 2 * int(splitmix64(np.array([2**32 + period], np.uint64))[0]) + 1
-        total += odd * int(np.dot(part, _KEYS[place : place + len(part)]))
+        total += int(odds[period]) * int(np.dot(part, KEYS[place : place + len(part)]))
         done += len(part)
     return total & _MASK64

@@ -16,11 +16,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from wpmerge.arch import Layout
 from wpmerge.errors import CheckpointError
 from wpmerge.rows import Row
 from wpmerge.weights import Weights
+
+HEAD_ROWS = 8192
+"""Rows of an output head that are converted to the compute dtype at a time."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments."""
@@ -90,19 +94,21 @@ class Engine:
         self._layers = list(self._body.get_submodule(arch.layers).children())
         self._norm = self._body.get_submodule(arch.final_norm)
         self._recorders = [_Recorder() for _ in self._layers]
+        # only the rows in use are handed in, so that a padding row's number means nothing
+        self._body.get_submodule(arch.embedding).padding_idx = None  # type: ignore[assignment]
         setattr(self._body, arch.layers, nn.ModuleList(self._recorders))
         setattr(self._body, arch.final_norm, nn.Identity())
 
     def embed(self, outer: Weights, row: Row) -> Entry:
         """Run what stands before layer 0, with the weights of :meth:`WeightSource.outer`."""
         prefix = self.layout.arch.body + "."
-        names = (
-            self.layout.embedding,
-            *(name for name in outer if name.endswith(f"{self.layout.arch.positions}.weight")),
-        )
-        weights = {name.removeprefix(prefix): outer[name] for name in names}
+        names = [name for name in outer if name.endswith(f"{self.layout.arch.positions}.weight")]
+        weights = {name.removeprefix(prefix): outer[name].to(self.dtype) for name in names}
+        tokens, places = row.tokens.to(self.device).unique(return_inverse=True)
+        rows = outer[self.layout.embedding][tokens].to(self.dtype)  # a vocabulary in float32 would be gigabytes
+        weights[self.layout.embedding.removeprefix(prefix)] = rows
         inputs = {
-            "input_ids": row.tokens.to(self.device),
+            "input_ids": places,
             "position_ids": row.positions.to(self.device),
             "attention_mask": self._masks(row),
             "use_cache": False,
@@ -231,9 +237,17 @@ class Engine:
         prefix = f"{self.layout.arch.body}.{self.layout.arch.final_norm}."
         own = {name.removeprefix(prefix): value for name, value in outer.items() if name.startswith(prefix)}
         normed = functional_call(self._norm, own, (hidden,))
-        scores = nn.functional.linear(normed, outer[self.layout.head], outer.get("lm_head.bias"))
+        scores = self._head(normed, outer[self.layout.head])
+        if (bias := outer.get("lm_head.bias")) is not None:
+            scores = scores + bias
         cap = self.layout.config.get("final_logit_softcapping")
         return scores if cap is None else cap * torch.tanh(scores / cap)
+
+    def _head(self, normed: Float[Tensor, "U N D"], head: Float[Tensor, "V D"]) -> Float[Tensor, "U N V"]:
+        """The head's product; one kept in another dtype is converted some rows at a time."""
+        if head.dtype == self.dtype:
+            return nn.functional.linear(normed, head)
+        return torch.cat([_product(normed, part) for part in head.split(HEAD_ROWS)], dim=-1)
 
 
 def empty_model(config: Mapping[str, Any], *, device: torch.device) -> nn.Module:
@@ -318,6 +332,18 @@ def _on_places(module: nn.Module, hidden: Float[Tensor, "U T D"], places: Tensor
     """A module that works token by token, on some tokens only; zero elsewhere."""
     written: Tensor = type(module).forward(module, hidden[:, places])
     return torch.zeros_like(hidden).index_copy(1, places.to(hidden.device), written)
+
+
+def _product(normed: Float[Tensor, "U N D"], part: Float[Tensor, "_ D"]) -> Float[Tensor, "U N _"]:
+    """A product with rows of a head; for a gradient they are converted again, rather than kept."""
+
+    def multiply(hidden: Tensor) -> Tensor:
+        return hidden @ part.to(hidden.dtype).T
+
+    if not torch.is_grad_enabled():
+        return multiply(normed)
+    product: Tensor = checkpoint(multiply, normed, use_reentrant=False)
+    return product
 
 
 def _identity(value: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from wpmerge.checkpoint import Checkpoint, check_same_family, open_checkpoint
 from wpmerge.directory import read_json
 from wpmerge.engine import Engine, empty_model
 from wpmerge.errors import CheckpointError
+from wpmerge.readouts import final_states
+from wpmerge.rows import pack
 from wpmerge.weights import CheckpointWeights, WeightSource
 
 
@@ -27,6 +29,7 @@ class Family:
         engine: runs them.
         chat: the base's tokenizer and chat template.
         weights: each model's weights in the compute dtype, the base's under ``""``.
+        resident: whether they stay in memory once read.
     """
 
     base: Checkpoint
@@ -35,6 +38,7 @@ class Family:
     engine: Engine
     chat: Chat
     weights: Mapping[str, WeightSource]
+    resident: bool = True
 
 
 def open_family(
@@ -86,6 +90,7 @@ def open_family(
         engine=engine,
         chat=Chat(load_tokenizer(opened.path)),
         weights=weights,
+        resident=resident,
     )
 
 
@@ -144,21 +149,31 @@ def generation_model(engine: Engine, source: WeightSource) -> Any:
 
 @torch.no_grad()
 def continuations(
-    family: Family, expert: str, prompts: list[str], *, tokens: int, batch_size: int = 16
+    family: Family, model: str, prompts: list[str], *, tokens: int, batch_size: int = 16
 ) -> list[list[int]]:
-    """An expert's own greedy replies, token ids up to and with the end token, at most ``tokens`` each."""
-    tokenizer = family.chat.tokenizer
-    model = generation_model(family.engine, family.weights[expert])
-    ends = end_tokens(family, expert)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    """A model's own greedy replies, token ids up to and with the end token, at most ``tokens`` each.
+
+    Args:
+        family: the models.
+        model: an expert's name, or ``""`` for the base.
+        prompts: as a user writes them.
+        tokens: longest reply.
+        batch_size: prompts that are answered at once.
+    """
+    ends = end_tokens(family, model)
     sequences = [family.chat.prompt_tokens(prompt) for prompt in prompts]
+    if not family.resident:
+        return _streamed_continuations(family, family.weights[model], sequences, ends, tokens)
+    tokenizer = family.chat.tokenizer
+    generator = generation_model(family.engine, family.weights[model])
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
     replies: list[list[int]] = []
     for start in range(0, len(sequences), batch_size):
         batch = sequences[start : start + batch_size]
         width = max(map(len, batch))
         ids = torch.tensor([[pad] * (width - len(s)) + s for s in batch], device=family.engine.device)
         mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in batch], device=family.engine.device)
-        output = model.generate(
+        output = generator.generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=tokens,
@@ -172,10 +187,30 @@ def continuations(
     return replies
 
 
-def end_tokens(family: Family, expert: str) -> set[int]:
-    """The tokens that end a reply: the tokenizer's, and those of the base's and the expert's generation settings."""
+def _streamed_continuations(
+    family: Family, source: WeightSource, sequences: list[list[int]], ends: set[int], tokens: int
+) -> list[list[int]]:
+    """The same with one layer's weights in memory: each token runs all unfinished prompts through the whole model."""
+    engine, replies = family.engine, [list[int]() for _ in sequences]
+    open_ = list(range(len(sequences)))
+    for _ in range(tokens):
+        rows = pack([sequences[number] + replies[number] for number in open_])
+        outer = source.outer(family.layout.output_tensors())
+        for row, hidden in zip(rows, final_states(engine, source, rows, family.layout.layers - 1), strict=True):
+            last = torch.stack([place[-1] for place in row.places.values()]).to(hidden.device)
+            chosen = engine.logits(outer, hidden[:, last])[0].argmax(dim=-1).tolist()
+            for number, token in zip(row.places, chosen, strict=True):
+                replies[open_[number]].append(token)
+        open_ = [number for number in open_ if replies[number][-1] not in ends]
+        if not open_:
+            break
+    return replies
+
+
+def end_tokens(family: Family, model: str) -> set[int]:
+    """The tokens that end a reply: the tokenizer's, and those of the base's and the model's generation settings."""
     found = {family.chat.tokenizer.eos_token_id}
-    for checkpoint in (family.base, family.experts[expert]):
+    for checkpoint in (family.base, family.experts.get(model, family.base)):
         path = checkpoint.path / "generation_config.json"
         stated = read_json(path).get("eos_token_id") if path.exists() else None
         found.update(stated if isinstance(stated, list) else [stated])

@@ -14,11 +14,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wpmerge.arch import Unit
+from wpmerge.arch import Slice, Unit
 from wpmerge.engine import Engine, Taps
+from wpmerge.pieces import Forget, Keeper
 from wpmerge.readouts import Readout, Trace, measure, read_states, trace
 from wpmerge.rows import Row
 from wpmerge.weights import Weights, WeightSource, differs, swap, swap_kind
+
+BATCH_TOKENS = 4096
+"""Tokens of patched copies that go through a layer at once."""
+HELD_BYTES = 1 << 27
+"""Residual streams of patched copies that are held between layers, bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +44,9 @@ def exact(
     readout: Readout,
     units: Sequence[Unit],
     *,
-    batch_tokens: int = 4096,
-    held_bytes: int = 1 << 27,
+    batch_tokens: int = BATCH_TOKENS,
+    held_bytes: int = HELD_BYTES,
+    keeper: Keeper | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Float[Tensor, "units items"]:
     """F(base with u from the expert) − F(base), per item, for each of ``units``.
@@ -55,6 +62,7 @@ def exact(
         units: finest or coarse; any order.
         batch_tokens: tokens that go through a layer at once.
         held_bytes: bound on the residual streams held between layers; units beyond it wait for another pass.
+        keeper: keeps the effects of each finished pass; the same arguments make the same passes.
         progress: called with the number of units just finished.
 
     Returns:
@@ -67,21 +75,26 @@ def exact(
     for unit in set(visible) - set(seen):
         effects[place[unit]] = 0.0
     _tell(progress, len(units) - len(seen))
-    inner = [unit for unit in seen if not engine.layout.is_outer(unit)]
-    outer = [unit for unit in seen if engine.layout.is_outer(unit)]
     run = trace(engine, base, rows, last=readout.layer) if seen else Trace(entries=[], hidden=[])
-    for unit in outer:
-        effects[place[unit]] = _outer_effect(engine, base, expert, rows, readout, unit, run)
-        _tell(progress, 1)
+    for unit in seen:
+        if engine.layout.is_outer(unit):
+            effects[place[unit]] = _outer_effect(engine, base, expert, rows, readout, unit, run)
+            _tell(progress, 1)
     tokens = sum(row.tokens.shape[1] for row in rows)
     longest = max(row.tokens.shape[1] for row in rows)
     size = max(1, batch_tokens // longest - 1)
-    groups = list(_groups(inner, size))
+    groups = list(_groups([unit for unit in seen if not engine.layout.is_outer(unit)], size))
     bytes_per_copy = tokens * engine.layout.hidden * torch.finfo(engine.dtype).bits // 8
-    for batch in _passes(groups, max(size + 1, held_bytes // bytes_per_copy)):
-        for group, values in _run_pass(engine, base, expert, rows, readout, run, batch):
-            for unit, value in zip(group.units, values, strict=True):
-                effects[place[unit]] = value
+    keeper = keeper or Forget()
+    for number, batch in enumerate(_passes(groups, max(size + 1, held_bytes // bytes_per_copy))):
+        found = keeper.get(f"pass-{number}")
+        if found is None:
+            values = _run_pass(engine, base, expert, rows, readout, run, batch)
+            found = {str(unit): value for group, part in values for unit, value in zip(group.units, part, strict=True)}
+            keeper.put(f"pass-{number}", found)
+        for group in batch:
+            for unit in group.units:
+                effects[place[unit]] = found[str(unit)]
             _tell(progress, len(group.units))
     return effects
 
@@ -95,14 +108,17 @@ def _is_visible(engine: Engine, unit: Unit, readout: Readout) -> bool:
 def _changed(engine: Engine, base: WeightSource, expert: WeightSource, units: Sequence[Unit]) -> list[Unit]:
     """Those units in which the models differ, layer by layer."""
     layout = engine.layout
-    found = [
-        unit for unit in units if layout.is_outer(unit) and differs(layout.slices(unit), base.outer(), expert.outer())
-    ]
+    found = [unit for unit in units if layout.is_outer(unit) and _outer_differs(base, expert, layout.slices(unit))]
     for index in sorted({unit.layer for unit in units if not layout.is_outer(unit)}):
         members = [unit for unit in units if unit.layer == index and not layout.is_outer(unit)]
         one, other, prefix = base.layer(index), expert.layer(index), layout.layer_prefix(index)
         found += [unit for unit in members if differs(layout.slices(unit), one, other, prefix=prefix)]
     return found
+
+
+def _outer_differs(base: WeightSource, expert: WeightSource, pieces: Sequence[Slice]) -> bool:
+    names = [piece.tensor for piece in pieces]
+    return differs(pieces, base.outer(names), expert.outer(names))
 
 
 def _tell(progress: Callable[[int], None] | None, count: int) -> None:
@@ -156,7 +172,7 @@ def _run_pass(
             source = expert.layer(index)
             for group in entering:
                 states[group] = [_enter(engine, group, weights, source, run, n, read[n]) for n in range(len(rows))]
-    outer = base.outer()
+    outer = base.outer(engine.layout.output_tensors())
     for group, held in states.items():
         values = read_states(engine, outer, rows, readout, held)
         yield group, (values[1:] - values[:1]).double().cpu()
@@ -236,13 +252,15 @@ def _outer_effect(
     run: Trace,
 ) -> Float[Tensor, " items"]:
     """A unit outside the layers: read the base's run again, or, for what enters layer 0, run it all."""
-    outer = base.outer()
-    mixed = swap(engine.layout.slices(unit), outer, expert.outer())
+    pieces = engine.layout.slices(unit)
+    outer, source = base.outer(engine.layout.output_tensors()), expert.outer([piece.tensor for piece in pieces])
     states = [hidden[-1] for hidden in run.hidden]
     before = read_states(engine, outer, rows, readout, states)[0]
     if unit.kind not in ("embedding", "positions"):
+        mixed = swap(pieces, outer, source)
         return (read_states(engine, mixed, rows, readout, states)[0] - before).double().cpu()
-    after = measure(engine, _Regrafted(base, mixed), rows, readout)
+    del outer
+    after = measure(engine, _Regrafted(base, pieces, source), rows, readout)
     return (after - before).double().cpu()
 
 
@@ -251,10 +269,12 @@ class _Regrafted:
     """A model with other weights outside its layers."""
 
     source: WeightSource
-    replaced: Weights
+    pieces: Sequence[Slice]
+    replacement: Weights
 
     def layer(self, index: int) -> Weights:
         return self.source.layer(index)
 
-    def outer(self) -> Weights:
-        return self.replaced
+    def outer(self, names: Sequence[str] | None = None) -> Weights:
+        found = self.source.outer(names)
+        return swap([piece for piece in self.pieces if piece.tensor in found], found, self.replacement)

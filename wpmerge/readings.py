@@ -3,17 +3,22 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from wpmerge.anchor import Anchor, anchor_readout, fit_anchor, last_token_states
+import torch
+
+from wpmerge.anchor import Anchor, Behaviour, anchor_readout, fit_anchor, last_token_states
 from wpmerge.arch import KINDS, Kind
 from wpmerge.capability import Capability, reference_sequences
-from wpmerge.errors import CapabilityError
+from wpmerge.errors import CapabilityError, WpmergeError
+from wpmerge.estimators import EstimatorName, row_groups
+from wpmerge.gradients import state_gradients
+from wpmerge.memory import held_per_token
 from wpmerge.models import Family, continuations
 from wpmerge.pieces import Pieces
-from wpmerge.readouts import LogProbReadout, Readout
+from wpmerge.readouts import DivergenceReadout, LogProbReadout, Readout, measure, read_places
 from wpmerge.rows import Row, pack
-from wpmerge.scores import CapabilityRecord, HeldOut, ReadoutName
+from wpmerge.scores import CapabilityRecord, Direction, HeldOut, ReadoutName
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +40,11 @@ class ScoreSettings:
         verify_prompts: prompts the verification uses.
         kinds: unit kinds to score.
         cross: score every expert's units on every capability, not only on its own.
-        integrated_points: Gauss–Legendre points of the integrated estimator; 0 leaves it out.
+        estimators: which numbers are found for every unit; ``linear`` always is, since it screens.
+        directions: "sufficiency", the base with a unit from the expert, always; and "necessity", the expert with it
+            from the base, for an expert's own capability.
+        integrated_points: Gauss–Legendre points of the integrated estimator.
+        max_memory: what the process's resident memory is planned to stay within, bytes; None for no limit.
         layer: l* for every anchor, instead of choosing.
         accept_anchor: go on with an unreliable anchor or gap.
         tokens_per_row: tokens packed into one row.
@@ -45,28 +54,58 @@ class ScoreSettings:
     readouts: tuple[ReadoutName, ...] = ("reference", "anchor")
     prompts: int = 32
     held_out: int = 16
-    reference_tokens: int = 48
+    reference_tokens: int = 96
     top: int = 32
     sample: int = 64
     verify_prompts: int = 4
     kinds: tuple[Kind, ...] = KINDS
     cross: bool = True
-    integrated_points: int = 0
+    estimators: tuple[EstimatorName, ...] = ("linear",)
+    directions: tuple[Direction, ...] = ("sufficiency",)
+    integrated_points: int = 4
+    max_memory: int | None = None
     layer: int | None = None
     accept_anchor: bool = False
     tokens_per_row: int = 384
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name, given, needed in (
+            ("estimators", self.estimators, "linear"),
+            ("directions", self.directions, "sufficiency"),
+        ):
+            if needed not in given:
+                raise WpmergeError(
+                    f"{name} leave {needed} out, on which screening and coefficients rest",
+                    got=", ".join(given) or "none",
+                    mend=f"add {needed}",
+                )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One capability, split, with its references as tokens."""
+    """One capability, split, with its references as tokens.
+
+    Attributes:
+        scored: the prompts to score on.
+        held_out: those kept for choosing coefficients.
+        sequences: prompt and reference of each scored prompt.
+        starts: where each reference starts.
+        references: "given", or whose greedy replies they are: the "expert"'s or, of a retain set, the "base"'s.
+        retain: it has no expert.
+    """
 
     scored: Capability
     held_out: HeldOut
     sequences: list[list[int]]
     starts: list[int]
-    references: str
+    references: Literal["given", "expert", "base"]
+    retain: bool
+
+    @property
+    def own(self) -> str:
+        """The model that shows it: the expert of its name or, of a retain set, the base, whose name is empty."""
+        return "" if self.retain else self.scored.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,17 +117,24 @@ class Reading:
 
 
 def prepare_case(
-    family: Family, capability: Capability, settings: ScoreSettings, pieces: Pieces, tell: Progress
+    family: Family,
+    capability: Capability,
+    settings: ScoreSettings,
+    pieces: Pieces,
+    tell: Progress,
+    *,
+    retain: bool = False,
 ) -> Case:
-    """Split a capability, and let its expert write references where none are given."""
+    """Split a capability, and let its expert, or for a retain set the base, write references where none are given."""
     scored, held_out = capability.split(scoring=settings.prompts, held_out=settings.held_out, seed=settings.seed)
     replies: list[list[int]] | None = None
     if not capability.has_references:
         texts = [prompt.prompt for prompt in (*scored.prompts, *held_out.prompts)]
 
         def write() -> dict[str, Any]:
-            tell(f"{capability.name}: the expert's own replies", 0, 1)
-            return {"replies": continuations(family, capability.name, texts, tokens=settings.reference_tokens)}
+            source = "" if retain else capability.name
+            tell(f"{capability.name}: the {'base' if retain else 'expert'}'s own replies", 0, 1)
+            return {"replies": continuations(family, source, texts, tokens=settings.reference_tokens)}
 
         replies = pieces.record(f"replies-{capability.name}", write)["replies"]
     count = len(scored.prompts)
@@ -103,22 +149,44 @@ def prepare_case(
     )
     _check_length(family, capability, [*sequences, *other, *_anchor_sequences(family, scored)])
     _say_what_is_less(family, capability, settings, scored, held_out)
-    references = "given" if replies is None else "expert"
-    return Case(scored=scored, held_out=kept, sequences=sequences, starts=starts, references=references)
+    references: Literal["given", "expert", "base"] = "base" if retain else "expert"
+    return Case(
+        scored=scored,
+        held_out=kept,
+        sequences=sequences,
+        starts=starts,
+        references="given" if replies is None else references,
+        retain=retain,
+    )
 
 
-def fit_case_anchor(family: Family, case: Case, settings: ScoreSettings) -> Anchor:
+def fit_case_anchor(family: Family, case: Case, settings: ScoreSettings, held_bytes: int) -> Anchor:
+    """Run expert and base on a capability's prompts, and fit the anchor that they give."""
     prompts = case.scored.prompts
     rows = pack(_anchor_sequences(family, case.scored), tokens_per_row=settings.tokens_per_row)
-    kind = "contrast" if case.scored.has_pairs else "pair"
-    count = len(prompts) * (2 if kind == "contrast" else 1)
-    states = [last_token_states(family.engine, family.weights[name], rows, count) for name in (case.scored.name, "")]
-    if kind == "contrast":
+    per_item = 2 if case.scored.has_pairs else 1
+    states = [
+        last_token_states(family.engine, family.weights[name], rows, len(prompts) * per_item) for name in (case.own, "")
+    ]
+    reference = make_reading(family, case, None, settings, count=len(prompts))
+    last, tokens = family.layout.layers - 1, [start - 1 for start in case.starts]
+    groups = row_groups(reference.rows, held_bytes // held_per_token(family.layout, last))
+    slopes = sum(
+        (state_gradients(family.engine, family.weights[""], group, reference.readout, tokens) for group in groups),
+        start=torch.zeros(()),
+    )
+    after, before = (
+        float(measure(family.engine, family.weights[name], reference.rows, reference.readout).double().mean())
+        for name in (case.own, "")
+    )
+    behaviour = Behaviour(slopes=slopes, moves=states[0][::per_item] - states[1][::per_item], gap=after - before)
+    if case.scored.has_pairs:
         states = [found[0::2] - found[1::2] for found in states]
     return fit_anchor(
         states[0],
         states[1],
-        kind="contrast" if kind == "contrast" else "pair",
+        behaviour,
+        kind="contrast" if case.scored.has_pairs else "pair",
         name=case.scored.name,
         layer=settings.layer,
         accept=settings.accept_anchor,
@@ -163,23 +231,44 @@ def _say_what_is_less(
         logger.warning(text, capability.name, cut, len(given), limit)
 
 
-def make_reading(family: Family, case: Case, anchor: Anchor | None, settings: ScoreSettings, *, count: int) -> Reading:
-    """The readout on the first ``count`` scored prompts."""
+def make_reading(
+    family: Family,
+    case: Case,
+    anchor: Anchor | None,
+    settings: ScoreSettings,
+    *,
+    count: int,
+    name: ReadoutName = "reference",
+) -> Reading:
+    """A readout on the first ``count`` scored prompts: the anchor's, if one is given, or the named behavioural one."""
     if anchor is not None:
         sequences = _anchor_sequences(family, case.scored, count)
-        readout: Readout = anchor_readout(anchor, count)
-    else:
-        sequences = case.sequences[:count]
-        last = family.layout.layers - 1
-        readout = LogProbReadout(layer=last, sequences=sequences, starts=case.starts[:count])
-    return Reading(readout=readout, rows=pack(sequences, tokens_per_row=settings.tokens_per_row))
+        rows = pack(sequences, tokens_per_row=settings.tokens_per_row)
+        return Reading(readout=anchor_readout(anchor, count), rows=rows)
+    sequences, starts = case.sequences[:count], case.starts[:count]
+    rows, last = pack(sequences, tokens_per_row=settings.tokens_per_row), family.layout.layers - 1
+    readout = LogProbReadout(layer=last, sequences=sequences, starts=starts)
+    if name == "reference":
+        return Reading(readout=readout, rows=rows)
+    teacher = family.weights[case.own]
+    return Reading(
+        readout=DivergenceReadout(
+            layer=last,
+            sequences=sequences,
+            starts=starts,
+            teacher=read_places(family.engine, teacher, rows, readout),
+            teacher_outer=teacher.outer(family.layout.output_tensors()),
+        ),
+        rows=rows,
+    )
 
 
 def capability_record(capability: Capability, case: Case) -> CapabilityRecord:
     return CapabilityRecord(
         source=capability.source,
         content_hash=capability.content_hash(),
+        retain=case.retain,
         scored=tuple(prompt.prompt for prompt in case.scored.prompts),
-        references="given" if case.references == "given" else "expert",
+        references=case.references,
         held_out=case.held_out,
     )

@@ -7,7 +7,7 @@ Shape suffixes: U patched copies of the model, T tokens of a row, D residual wid
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -177,8 +177,9 @@ class Trace:
 @torch.no_grad()
 def trace(engine: Engine, source: WeightSource, rows: Sequence[Row], *, last: int) -> Trace:
     """Run layers 0 to ``last`` on all rows, one layer's weights at a time, keeping every layer's input."""
-    outer = source.outer()
+    outer = source.outer(engine.layout.input_tensors())
     entries = [engine.embed(outer, row) for row in rows]
+    del outer
     hidden = [[entry.hidden] for entry in entries]
     for index in range(last + 1):
         weights = source.layer(index)
@@ -190,16 +191,39 @@ def trace(engine: Engine, source: WeightSource, rows: Sequence[Row], *, last: in
 @torch.no_grad()
 def measure(engine: Engine, source: WeightSource, rows: Sequence[Row], readout: Readout) -> Float[Tensor, " items"]:
     """Each item's number for a model; their mean is F(θ)."""
-    outer = source.outer()
+    states = final_states(engine, source, rows, readout.layer)
+    return read_states(engine, source.outer(engine.layout.output_tensors()), rows, readout, states)[0]
+
+
+@torch.no_grad()
+def read_places(engine: Engine, source: WeightSource, rows: Sequence[Row], readout: Readout) -> list[Tensor]:
+    """A model's residual stream where a readout reads it: sequence number → [tokens, D]."""
+    found: dict[int, Tensor] = {}
+    for row, hidden in zip(rows, final_states(engine, source, rows, readout.layer), strict=True):
+        read = hidden[0, readout.places(row)]
+        lengths = [len(readout.places(_only(row, number))) for number in row.places]
+        found |= zip(row.places, read.split(lengths), strict=True)
+    return [found[number] for number in sorted(found)]
+
+
+def _only(row: Row, number: int) -> Row:
+    return replace(row, places={number: row.places[number]})
+
+
+@torch.no_grad()
+def final_states(engine: Engine, source: WeightSource, rows: Sequence[Row], last: int) -> list[Float[Tensor, "1 _ D"]]:
+    """The residual stream after layer ``last``, one layer's weights at a time."""
+    outer = source.outer(engine.layout.input_tensors())
     entries = [engine.embed(outer, row) for row in rows]
+    del outer
     states = [entry.hidden for entry in entries]
-    for index in range(readout.layer + 1):
+    for index in range(last + 1):
         weights = source.layer(index)
         states = [
             engine.layer(index, weights, hidden, entry.calls[index])
             for hidden, entry in zip(states, entries, strict=True)
         ]
-    return read_states(engine, outer, rows, readout, states)[0]
+    return states
 
 
 def read_states(

@@ -5,7 +5,7 @@ On disk a directory with ``scores.safetensors`` and ``scores.json``; docs/format
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +22,12 @@ from wpmerge.output import write_file
 from wpmerge.plan import InputModel, describe
 from wpmerge.tensorfile import SafetensorsFile
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ReadoutName = Literal["reference", "anchor", "divergence"]
 Drawn = Literal["top", "random"]
+Direction = Literal["sufficiency", "necessity"]
+"""Whose unit is replaced: the base's by the expert's, or the expert's by the base's."""
+DIRECTIONS: tuple[Direction, ...] = ("sufficiency", "necessity")
 
 
 class _Record(BaseModel):
@@ -78,10 +81,11 @@ class AnchorCurvePoint(_Record):
     cosine: float
     gap: float
     t: float
+    carried: float | None
 
 
 class ReadoutRecord(_Record):
-    """One readout of one capability.
+    """One readout of one capability, or of a retain set, which has no expert and so no gap.
 
     Attributes:
         capability: its name; the expert of that name is its own expert.
@@ -89,15 +93,16 @@ class ReadoutRecord(_Record):
         anchor: "contrast" or "pair", for an anchor.
         l_star: the layer it is read after; units above it have no score.
         base: F(base), in the readout's unit: nats per token, or residual-stream units.
-        expert: F(own expert).
-        gap: expert − base, what recoveries are fractions of.
+        expert: F(own expert); None for a retain set.
+        gap: expert − base, what recoveries are fractions of; None for a retain set, whose scores are effects in the
+            readout's unit.
         gap_t: the gap's t-statistic over prompts.
         noise_floor: largest change of a recovery with batch position and chunk size.
         prompts: how many were used.
         accepted: taken although unreliable, because the user insisted.
         curve: the anchor's numbers at every layer; empty for behavioural readouts.
-        integrated_residual: Σ of the integrated shares minus 1, where they were asked for.
-        verification: per kind.
+        integrated_residual: Σ of the integrated shares minus 1, where all finest units were asked for.
+        verification: direction → kind → how the linear screen did.
     """
 
     capability: str
@@ -105,15 +110,21 @@ class ReadoutRecord(_Record):
     anchor: Literal["contrast", "pair"] | None = None
     l_star: int
     base: float
-    expert: float
-    gap: float
-    gap_t: float
+    expert: float | None
+    gap: float | None
+    gap_t: float | None
     noise_floor: float | None = None
     prompts: int
     accepted: bool = False
     curve: tuple[AnchorCurvePoint, ...] = ()
     integrated_residual: float | None = None
-    verification: dict[str, Verification] = {}
+    verification: dict[Direction, dict[str, Verification]] = {}
+
+
+def array_key(estimator: str, label: str, expert: str, kind: str, *, direction: Direction = "sufficiency") -> str:
+    """The key of an array: ``{estimator}/{label}/{expert}/{kind}``, for necessity ``{estimator}-necessity/…``."""
+    suffix = "" if direction == "sufficiency" else f"-{direction}"
+    return f"{estimator}{suffix}/{label}/{expert}/{kind}"
 
 
 class HeldOut(_Record):
@@ -125,12 +136,22 @@ class HeldOut(_Record):
 
 
 class CapabilityRecord(_Record):
-    """Where a capability's prompts came from, and those kept for choosing coefficients."""
+    """Where a capability's prompts came from, and those kept for choosing coefficients.
+
+    Attributes:
+        source: a built-in name or a file.
+        content_hash: of its prompts.
+        retain: it has no expert: what a merge must not lose. Its references are the base's own replies.
+        scored: the prompts that scores were taken on.
+        references: "given" with the prompts, the "expert"'s own greedy replies, or the "base"'s.
+        held_out: prompts kept for choosing coefficients.
+    """
 
     source: str
     content_hash: str
+    retain: bool = False
     scored: tuple[str, ...]
-    references: Literal["given", "expert"]
+    references: Literal["given", "expert", "base"]
     held_out: HeldOut
 
 
@@ -166,8 +187,8 @@ class Scores:
         labels: kind → names of the units of a layer, for kinds whose numbers say little.
         capabilities: by name.
         readouts: label → what was read. The first readout of a capability has its name, others ``{name}@{readout}``.
-        arrays: ``{estimator}/{label}/{expert}/{kind}`` → recovery, fraction of the gap, float32 [layers or 1, units];
-            NaN where the readout cannot see the unit.
+        arrays: :func:`array_key` → recovery, fraction of the gap (for a retain set: effect, nats per token), float32
+            [layers or 1, units]; NaN where the readout cannot see the unit.
         provenance: settings, seeds, versions, times, peak memory.
     """
 
@@ -182,13 +203,21 @@ class Scores:
     arrays: Mapping[str, Float[Tensor, "layers units"]]
     provenance: Mapping[str, Any]
 
-    def array(self, label: str, expert: str, kind: Kind, *, estimator: str = "linear") -> Float[Tensor, "layers units"]:
-        """One array; its key is ``{estimator}/{label}/{expert}/{kind}``.
+    def array(
+        self,
+        label: str,
+        expert: str,
+        kind: Kind,
+        *,
+        estimator: str = "linear",
+        direction: Direction = "sufficiency",
+    ) -> Float[Tensor, "layers units"]:
+        """One array, by the parts of its :func:`array_key`.
 
         Raises:
             WpmergeError: there is none, with the keys that there are.
         """
-        key = f"{estimator}/{label}/{expert}/{kind}"
+        key = array_key(estimator, label, expert, kind, direction=direction)
         if key not in self.arrays:
             raise WpmergeError(
                 "there is no such score",
@@ -216,6 +245,17 @@ class Scores:
         arrays = {key: value.float().contiguous() for key, value in sorted(self.arrays.items())}
         write_file(directory / "scores.safetensors", safetensors.torch.save(arrays))
         write_file(directory / "scores.json", header.model_dump_json(indent=1))
+
+
+def without_retain_sets(scores: Scores) -> Scores:
+    """The same scores, as if no retain set had been asked for."""
+    kept = {name for name, record in scores.capabilities.items() if record.retain}
+    return replace(
+        scores,
+        capabilities={name: record for name, record in scores.capabilities.items() if name not in kept},
+        readouts={label: record for label, record in scores.readouts.items() if record.capability not in kept},
+        arrays={key: array for key, array in scores.arrays.items() if key.split("/")[1] not in kept},
+    )
 
 
 def load_scores(directory: Path) -> Scores:

@@ -10,7 +10,8 @@ from torch import Tensor
 from wpmerge.arch import KINDS, Kind, Layout, Unit
 from wpmerge.attribution import UnitArrays, linear
 from wpmerge.engine import Engine
-from wpmerge.patching import exact
+from wpmerge.patching import HELD_BYTES, exact
+from wpmerge.pieces import Keeper
 from wpmerge.readouts import Readout
 from wpmerge.rows import Row, pack
 from wpmerge.scores import Drawn, Verification, Verified
@@ -48,6 +49,8 @@ def verify(
     sample: int,
     seed: int,
     kinds: Sequence[Kind] = KINDS,
+    held_bytes: int = HELD_BYTES,
+    keeper: Keeper | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[Kind, Verification], float]:
     """Replace each kind's strongest units, and a random sample of the others, and compare with the linear estimate.
@@ -66,6 +69,8 @@ def verify(
         sample: units per kind drawn from the rest.
         seed: of the draw.
         kinds: unit kinds to verify.
+        held_bytes: see :func:`~wpmerge.patching.exact`.
+        keeper: keeps finished parts of the exact patching.
         progress: called with units done and in all.
 
     Returns:
@@ -84,7 +89,8 @@ def verify(
         if progress is not None:
             progress(done, len(units))
 
-    effects = exact(engine, base, expert, rows, readout, units, progress=tell) / gap
+    effects = exact(engine, base, expert, rows, readout, units, held_bytes=held_bytes, keeper=keeper, progress=tell)
+    effects /= gap
     found = dict(zip(units, effects, strict=True))
     verified = {
         kind: _compare(kind, pairs, screen, found, gap, unverified=int((~screen[kind].isnan()).sum()) - len(pairs))
@@ -106,7 +112,8 @@ def _noise_floor(
 ) -> float:
     """Compute some effects again, one unit at a time and packed otherwise; the largest change of F."""
     sequences = _sequences(rows)
-    other = pack(sequences, tokens_per_row=max(map(len, sequences)) * 2)
+    alone = len(rows) == len(sequences)
+    other = pack(sequences, tokens_per_row=sum(map(len, sequences)) if alone else 1)
     units = list(effects)
     if not units:
         return 0.0

@@ -1,20 +1,20 @@
 """What an artifact says in short: as a mapping for scripts, and from that as tables for people."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from wpmerge.arch import KINDS, MODEL_KINDS, Kind, Unit
+from wpmerge.arch import COARSE_KINDS, KINDS, MODEL_KINDS, Kind, Unit
 from wpmerge.console import Table, number
 from wpmerge.evaluation import Evaluation
 from wpmerge.fusing import FuseResult
 from wpmerge.merge import MergeSummary
 from wpmerge.plan import InputModel, Plan
-from wpmerge.scores import ReadoutRecord, Scores
+from wpmerge.scores import DIRECTIONS, Direction, ReadoutRecord, Scores, array_key
 from wpmerge.statistics import Interval
+from wpmerge.verify import Verification
 
 GAP_UNITS = {"reference": "nats per token", "divergence": "nats per token", "anchor": "residual-stream units"}
 
@@ -35,22 +35,39 @@ def scores_summary(scores: Scores, *, top: int = 1) -> dict[str, Any]:
 
 def _readout(scores: Scores, label: str, record: ReadoutRecord, top: int) -> dict[str, Any]:
     own = record.model_dump(exclude={"curve", "verification"})
-    kinds = {}
-    for kind in KINDS:
-        key = f"linear/{label}/{record.capability}/{kind}"
-        if key in scores.arrays:
-            kinds[str(kind)] = _kind(scores, kind, scores.arrays[key], record, top)
-    return {**own, "unit": GAP_UNITS[record.readout], "kinds": kinds}
+    unit = GAP_UNITS[record.readout]
+    found: dict[str, Any] = {}
+    for direction in DIRECTIONS:
+        kinds = {
+            str(kind): _kind(scores, label, kind, direction, top)
+            for kind in (*KINDS, *COARSE_KINDS)
+            for expert in [_shown(scores, record)]
+            if array_key("linear", label, expert, kind, direction=direction) in scores.arrays
+        }
+        if kinds:
+            found[direction] = kinds
+    score_unit = unit if record.gap is None else "fraction of the gap"
+    sufficiency = found.pop("sufficiency", {})
+    return {**own, "unit": unit, "score_unit": score_unit, "kinds": sufficiency, **found}
 
 
-def _kind(
-    scores: Scores, kind: Kind, array: Float[Tensor, "layers units"], record: ReadoutRecord, top: int
-) -> dict[str, Any]:
-    """One kind of unit of the capability's own expert; recoveries are fractions of the gap."""
-    found = record.verification.get(kind)
-    exact = {unit.unit: unit.exact for unit in found.units} if found else {}
+def _shown(scores: Scores, record: ReadoutRecord) -> str:
+    """Whose units are shown: the capability's own expert's, or of a retain set the first one's."""
+    return record.capability if record.capability in scores.experts else next(iter(scores.experts))
+
+
+def _kind(scores: Scores, label: str, kind: Kind, direction: Direction, top: int) -> dict[str, Any]:
+    """One kind of unit of the capability's own expert."""
+    record = scores.readouts[label]
+    array = scores.array(label, _shown(scores, record), kind, direction=direction)
+    found = record.verification.get(direction, {}).get(kind)
+    exact = {unit.unit: unit for unit in found.units} if found else {}
+    other = array_key("linear", label, _shown(scores, record), kind)
+    sufficiency = scores.arrays[other].flatten() if direction == "necessity" and other in scores.arrays else None
     flat = array.flatten()
-    order = flat.abs().nan_to_num(nan=-1.0).argsort(descending=True, stable=True).tolist()
+    # both directions: where they differ most
+    sizes = flat if sufficiency is None else flat - sufficiency
+    order = sizes.abs().nan_to_num(nan=-1.0).argsort(descending=True, stable=True).tolist()
     strongest = []
     for place in order[:top]:
         if flat[place].isnan():
@@ -59,7 +76,16 @@ def _kind(
         model_wide = kind in MODEL_KINDS
         unit = str(Unit(kind=kind, layer=layer, index=index))
         name = None if model_wide or kind not in scores.labels else scores.labels[kind][index]
-        strongest.append({"unit": unit, "name": name, "recovery": float(flat[place]), "exact": exact.get(unit)})
+        verified, value = exact.get(unit), float(flat[place])
+        entry = {"unit": unit, "name": name, "recovery": value}
+        entry |= {field: getattr(verified, field) if verified else None for field in ("screen", "exact")}
+        for estimator in ("integrated", "exact"):
+            key = array_key(estimator, label, _shown(scores, record), kind, direction=direction)
+            if key in scores.arrays:
+                entry[f"{estimator}_score"] = float(scores.arrays[key].flatten()[place])
+        if sufficiency is not None:
+            entry |= {"sufficiency": float(sufficiency[place]), "difference": value - float(sufficiency[place])}
+        strongest.append(entry)
     return {
         "units": array.numel(),
         "scored": int((~array.isnan()).sum()),
@@ -77,32 +103,48 @@ def scores_tables(summary: Mapping[str, Any]) -> list[Table]:
     tables = []
     for label, record in summary["readouts"].items():
         anchor = f" ({record['anchor']})" if record["anchor"] else ""
-        title = (
-            f"{label}: {record['readout']}{anchor}, l* {record['l_star']}, "
-            f"gap {number(record['gap'])} {record['unit']}, t {number(record['gap_t'])}, "
+        gap = (
+            f"retain set, {number(record['base'])} {record['unit']} in the base"
+            if record["gap"] is None
+            else f"gap {number(record['gap'])} {record['unit']}, t {number(record['gap_t'])}, "
             f"noise floor {number(record['noise_floor'], 2)} of the gap"
-            + (", accepted although unreliable" if record["accepted"] else "")
         )
-        rows, strongest = [], []
-        for kind, entry in record["kinds"].items():
-            best = entry["strongest"][0] if entry["strongest"] else None
-            rows.append(
-                (
-                    kind,
-                    f"{entry['scored']:,} of {entry['units']:,}",
-                    *(number(entry[field]) for field in ("spearman", "spearman_random", "recall")),
-                    _unit_name(best) if best else "–",
-                    number(best["recovery"]) if best else "–",
-                )
+        title = f"{label}: {record['readout']}{anchor}, l* {record['l_star']}, {gap}"
+        title += ", accepted although unreliable" if record["accepted"] else ""
+        tables += _kind_tables(title, record["kinds"], record["score_unit"])
+        if "necessity" in record:
+            tables += _kind_tables(f"{label}: necessity", record["necessity"], record["score_unit"])
+    return tables
+
+
+def _kind_tables(title: str, kinds: Mapping[str, Any], unit: str) -> list[Table]:
+    """A row for each kind; where more than the strongest unit is asked for, or directions differ, a row for each."""
+    rows = []
+    for kind, entry in kinds.items():
+        best = entry["strongest"][0] if entry["strongest"] else None
+        rows.append(
+            (
+                kind,
+                f"{entry['scored']:,} of {entry['units']:,}",
+                *(number(entry[field]) for field in ("spearman", "spearman_random", "recall")),
+                _unit_name(best) if best else "–",
+                number(best["recovery"]) if best else "–",
             )
-            strongest += [
-                (_unit_name(each), number(each["recovery"]), number(each["exact"])) for each in entry["strongest"]
-            ]
-        header = ("kind", "scored", "Spearman", "of random", "recall", "strongest", "recovery")
-        tables.append(Table(title=title, header=header, rows=rows))
-        if any(len(entry["strongest"]) > 1 for entry in record["kinds"].values()):
-            title = f"{label}: strongest units, recovery as a fraction of the gap"
-            tables.append(Table(title=title, header=("unit", "estimated", "exact"), rows=strongest))
+        )
+    column = "recovery" if unit == "fraction of the gap" else unit
+    header = ("kind", "scored", "Spearman", "of random", "recall", "strongest", column)
+    tables = [Table(title=title, header=header, rows=rows)]
+    strongest = [each for entry in kinds.values() for each in entry["strongest"]]
+    columns = {"recovery": "linear", "screen": "linear, verified prompts", "exact": "exact, verified prompts"}
+    extra = {"integrated_score": "integrated", "exact_score": "exact"}
+    columns |= {field: name for field, name in extra.items() if any(field in each for each in strongest)}
+    if any("sufficiency" in each for each in strongest):
+        columns |= {"sufficiency": "sufficiency", "difference": "necessity − sufficiency"}
+    if len(strongest) > len(rows) or "sufficiency" in columns:
+        cells = [(_unit_name(each), *(number(each.get(field)) for field in columns)) for each in strongest]
+        label = title.split(":", maxsplit=1)[0] + (": necessity" if "sufficiency" in columns else "")
+        what = "largest differences" if "sufficiency" in columns else "strongest units"
+        tables.append(Table(title=f"{label}: {what}, {unit}", header=("unit", *columns.values()), rows=cells))
     return tables
 
 
@@ -158,6 +200,7 @@ def fuse_summary(result: FuseResult) -> dict[str, Any]:
         "granularity": plan["granularity"],
         "scales": dict(result.scales),
         "held_out_retention": dict(result.retention),
+        "groups_without_a_score": result.outcome.unscored,
         "experts": plan["experts"],
         "written": merge_summary(result.summary) if result.summary else None,
     }
@@ -171,6 +214,8 @@ def fuse_tables(summary: Mapping[str, Any]) -> list[Table]:
         kept = summary["held_out_retention"].get(name)
         rows.append((name, number(summary["scales"].get(name)), span, number(kept)))
     title = f"{summary['out']}: rule {summary['rule']}, granularity {summary['granularity']}"
+    if unscored := summary["groups_without_a_score"]:
+        title += f"; {unscored:,} groups without a score take their expert's scale"
     header = ("expert", "scale", "coefficients", "retention on held-out prompts, fraction of the gap")
     written = merge_tables(summary["written"]) if summary["written"] else []
     return [Table(title=title, header=header, rows=rows), *written]
@@ -185,6 +230,27 @@ def merge_summary(summary: MergeSummary) -> dict[str, Any]:
         "files": summary.shards,
         "seconds": round(summary.seconds, 3),
     }
+
+
+def verification_summary(directory: Path, found: Verification) -> dict[str, Any]:
+    """What was recomputed, and what is wrong."""
+    return {
+        "merged": str(directory),
+        "tensors": found.tensors,
+        "recomputed": len(found.checked),
+        "faults": dict(found.faults),
+        "passed": found.passed,
+    }
+
+
+def verification_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """One row that says how it went, then a row per fault."""
+    row = (summary["merged"], f"{summary['recomputed']} of {summary['tensors']}", str(len(summary["faults"])))
+    tables = [Table(title="tensors made again", header=("merged", "recomputed", "faults"), rows=[row])]
+    if summary["faults"]:
+        rows = [(name, fault) for name, fault in summary["faults"].items()]
+        tables.append(Table(title="not what they should be", header=("tensor", "fault"), rows=rows))
+    return tables
 
 
 def merge_tables(summary: Mapping[str, Any]) -> list[Table]:

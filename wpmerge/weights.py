@@ -21,8 +21,8 @@ class WeightSource(Protocol):
     def layer(self, index: int) -> Weights:
         """The weights of one decoder layer, names relative to it."""
 
-    def outer(self) -> Weights:
-        """The weights outside the layers, canonical names."""
+    def outer(self, names: Sequence[str] | None = None) -> Weights:
+        """The weights outside the layers, canonical names: those of ``names``, or all."""
 
 
 class CheckpointWeights:
@@ -33,7 +33,8 @@ class CheckpointWeights:
         checkpoint: holds them.
         device: where they go.
         dtype: what they are converted to.
-        resident: keep what was read; otherwise read it anew at each call, so that memory holds one layer.
+        resident: keep what was read; otherwise read it anew at each call, so that memory holds one layer. Matrices
+            outside the layers, which are a vocabulary high, then stay in the checkpoint's dtype.
 
     Raises:
         CheckpointError: while reading, for a tensor with NaN or Inf.
@@ -55,23 +56,26 @@ class CheckpointWeights:
         """The weights of one decoder layer, names relative to it."""
         return self._read(index, self._layout.layer_tensors(index), self._layout.layer_prefix(index))
 
-    def outer(self) -> Weights:
-        """The weights outside the layers, canonical names."""
-        return self._read(-1, self._layout.outer_tensors(), "")
+    def outer(self, names: Sequence[str] | None = None) -> Weights:
+        """The weights outside the layers, canonical names: those of ``names``, or all."""
+        if self._kept is not None or names is None:  # what is kept is read whole
+            return self._read(-1, self._layout.outer_tensors(), "")
+        return self._read(-1, names, "")
 
     def _read(self, key: int, names: Sequence[str], prefix: str) -> Weights:
         if self._kept is not None and key in self._kept:
             return self._kept[key]
-        weights = {name.removeprefix(prefix): self._load(name) for name in names}
+        weights = {name.removeprefix(prefix): self._load(name, outer=key < 0) for name in names}
         if self._kept is not None:
             self._kept[key] = weights
         return weights
 
-    def _load(self, name: str) -> Tensor:
+    def _load(self, name: str, *, outer: bool) -> Tensor:
         stored = self._layout.stored[name]
         tensor = self._checkpoint.load(stored)
         check_finite(tensor, where=f"{self._checkpoint.source}: {stored}")
-        return tensor.to(device=self._device, dtype=self._dtype)
+        as_stored = self._kept is None and outer and tensor.ndim > 1
+        return tensor.to(device=self._device, dtype=None if as_stored else self._dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,23 +85,28 @@ class MixedWeights:
     Attributes:
         layout: names the tensors.
         sources: the models that are mixed.
-        mix: canonical name and the sources' tensors of that name → the mixed tensor.
+        mix: canonical name and the sources' tensors of that name, in ``dtype``, → the mixed tensor.
+        dtype: what is mixed in: at least the sources' own, since a streamed vocabulary's matrix comes as it is stored.
     """
 
     layout: Layout
     sources: tuple[WeightSource, ...]
     mix: Callable[[str, tuple[Tensor, ...]], Tensor]
+    dtype: torch.dtype = torch.float32
 
     def layer(self, index: int) -> Weights:
         """The weights of one decoder layer, names relative to it."""
         return self._mixed([source.layer(index) for source in self.sources], self.layout.layer_prefix(index))
 
-    def outer(self) -> Weights:
-        """The weights outside the layers, canonical names."""
-        return self._mixed([source.outer() for source in self.sources], "")
+    def outer(self, names: Sequence[str] | None = None) -> Weights:
+        """The weights outside the layers, canonical names: those of ``names``, or all."""
+        return self._mixed([source.outer(names) for source in self.sources], "")
 
     def _mixed(self, parts: Sequence[Weights], prefix: str) -> Weights:
-        return {name: self.mix(prefix + name, tuple(part[name] for part in parts)) for name in parts[0]}
+        return {name: self.mix(prefix + name, tuple(self._wide(part[name]) for part in parts)) for name in parts[0]}
+
+    def _wide(self, tensor: Tensor) -> Tensor:
+        return tensor.to(torch.promote_types(tensor.dtype, self.dtype))
 
 
 def swap(

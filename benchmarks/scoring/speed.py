@@ -44,16 +44,16 @@ def contrast_pairs(family: Family) -> list[list[int]]:
     return [family.chat.prompt_tokens(text) for text in texts]
 
 
-def anchor_at(layer: int, width: int) -> AnchorReadout:
+def anchor_at(layer: int, width: int, pairs: int = PAIRS) -> AnchorReadout:
     """A readout at a layer; its direction does not matter for time."""
     direction = torch.randn(width, generator=torch.Generator().manual_seed(0))
-    numbers = range(2 * PAIRS)
+    numbers = range(2 * pairs)
     return AnchorReadout(
         layer=layer,
         direction=direction / direction.norm(),
         item=[n // 2 for n in numbers],
         sign=[1.0 if n % 2 == 0 else -1.0 for n in numbers],
-        items=PAIRS,
+        items=pairs,
     )
 
 
