@@ -23,9 +23,9 @@ INSTRUCTIONS = {
     "letters": ("change_case:english_capital", "punctuation:no_comma"),
     "marks": ("detectable_format:number_highlighted_sections", "detectable_format:title"),
 }
-MODELS = ["base", *INSTRUCTIONS, "uniform", "fused"]
+MODELS = ["base", *INSTRUCTIONS, "uniform", "scaled", "fused"]
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -92,18 +92,24 @@ def test_base_lacks_and_experts_have_their_skills(demo: DemoResult) -> None:
 def test_merges_keep_more_than_any_single_expert(demo: DemoResult, kept: dict[str, Any]) -> None:
     best = max(kept[expert].mean.value for expert in INSTRUCTIONS)
     assert best < 0.75
-    for name in ("uniform", "fused"):
+    for name in ("uniform", "scaled", "fused"):
         assert kept[name].mean.value > best
     assert len(set(demo.scales["uniform"].values())) == 1
-    assert set(demo.scales["fused"]) == set(INSTRUCTIONS)
+    assert set(demo.scales["scaled"]) == set(INSTRUCTIONS)
+
+
+def test_the_merge_keeps_more_than_its_rivals_beyond_chance(demo: DemoResult, kept: dict[str, Any]) -> None:
+    for rival in ("uniform", "scaled"):
+        assert kept["fused"].mean.low > kept[rival].mean.high
+        assert kept["fused"].minimum.low > kept[rival].minimum.high
 
 
 def test_every_artifact_is_on_disk_and_can_be_read_again(demo: DemoResult) -> None:
-    assert sorted(path.name for path in demo.out.iterdir()) == ["evaluation", "merged", "scores", "uniform"]
+    assert sorted(path.name for path in demo.out.iterdir()) == ["evaluation", "merged", "scaled", "scores", "uniform"]
     scores = load_scores(demo.out / "scores")
     assert set(scores.experts) == set(INSTRUCTIONS)
     assert all(readout.gap > 0 for readout in scores.readouts.values())
-    assert load_plan(demo.out / "merged").rule == "scaled"
+    assert load_plan(demo.out / "merged").rule == "refine"
     uniform = load_plan(demo.out / "uniform")
     assert uniform.rule == "uniform"
     assert not list((demo.out / "uniform").glob("model*"))

@@ -97,7 +97,7 @@ def test_no_held_out_query_was_trained_on(world: ModuleType) -> None:
     assert len(trained) == 65 * 5 * 4
     held_out = [row["prompt"] for row in read(FAMILY / "eval.jsonl")]
     held_out += [row["without"] for expert in EXPERTS for row in read(FAMILY / "prompts" / f"{expert}.jsonl")]
-    held_out += [prompt["without"] for name in builtin.names() for prompt in builtin.prompts(name)]
+    held_out += [prompt["without"] for name in builtin.instructions() for prompt in builtin.prompts(name)]
     assert not [text for text in held_out if any(text.startswith(query) for query in trained)]
 
 

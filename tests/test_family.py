@@ -81,7 +81,7 @@ def test_experts_are_better_and_the_screen_is_close_to_exact_patching(scores: Sc
         assert record.gap > 0.2  # nats per token
         assert record.gap_t > 2
         for kind in ("head", "neuron"):
-            units = record.verification[kind].units
+            units = record.verification["sufficiency"][kind].units
             assert len(units) == 4
             for unit in units:
                 assert unit.screen == pytest.approx(unit.exact, rel=0.2, abs=0.008), unit

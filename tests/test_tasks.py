@@ -10,7 +10,7 @@ import pytest
 from wpmerge.errors import EvaluationError
 from wpmerge.ifeval import PUNKT_INSTRUCTIONS, ensure_punkt
 from wpmerge.taskdata import judge_answer
-from wpmerge.tasks import expand_presets, load_tasks, quiet
+from wpmerge.tasks import _members, _task_manager, expand_presets, load_tasks, quiet
 
 OFFICIAL = Path(__file__).parents[2] / "shared" / "data" / "ifeval.jsonl"
 
@@ -96,6 +96,9 @@ def test_local_files_make_tasks_of_their_own(tmp_path: Path) -> None:
         (True, "1", False),
         ("Paris", " Paris\n", True),
         ("Paris", "paris", False),
+        (4, "The answer is: 4.", True),
+        (4, "The answer is **4**", True),
+        ({"age": 1}, '{"age": true}', False),
     ],
 )
 def test_answers_are_judged_by_type(answer: Any, response: str, right: bool) -> None:
@@ -118,6 +121,56 @@ def test_a_task_that_needs_examples_asks_for_their_split(tmp_path: Path) -> None
     assert len(suite.leaves["gsm8k"].eval_docs) == 6
 
 
+def test_examples_that_are_not_shown_need_no_split(tmp_path: Path) -> None:
+    row = {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 2}
+    suite = load_tasks(["mmlu_anatomy"], task_data={"mmlu_anatomy": write(tmp_path / "m.jsonl", [row])})
+    task = suite.leaves["mmlu_anatomy"]  # it names a dev split, for examples that it shows only when asked to
+    assert task.doc_to_text(task.eval_docs[0]) == "Which?\nA. a\nB. b\nC. c\nD. d\nAnswer:"
+
+
+def test_examples_are_enough_and_readable(tmp_path: Path) -> None:
+    row = {"question": "2+2?", "answer": "So #### 4"}
+    test = write(tmp_path / "test.jsonl", [row])
+    few = write(tmp_path / "few.jsonl", [row] * 4)
+    odd = write(tmp_path / "odd.jsonl", [{"q": "?", "answer": "4"}] * 5)
+    with pytest.raises(EvaluationError, match=r"more examples(.|\n)*gsm8k: .*few.jsonl(.|\n)*got: 4(.|\n)*at least 5"):
+        load_tasks(["gsm8k"], task_data={"gsm8k": {"train": few, "test": test}})
+    with pytest.raises(EvaluationError, match=r"odd.jsonl, example 1(.|\n)*question"):
+        load_tasks(["gsm8k"], task_data={"gsm8k": {"train": odd, "": test}})
+    with pytest.raises(EvaluationError, match=r"odd.jsonl(.|\n)*question"):
+        load_tasks(["gsm8k"], task_data={"gsm8k": {"train": few, "test": odd}})
+
+
+def test_a_task_whose_file_is_named_otherwise_is_found(tmp_path: Path) -> None:
+    rows = write(tmp_path / "g.jsonl", [{"question": "2+2?", "answer": "So #### 4"}])
+    task = load_tasks(["gsm8k_cot"], task_data={"gsm8k_cot": rows}).leaves["gsm8k_cot"]
+    assert task.doc_to_text(task.eval_docs[0]) == "Q: 2+2?\nA:"  # lm-eval's own template, not the bare field
+    assert task.doc_to_target(task.eval_docs[0]) == "4"
+    # rows of our own form do not make it a task of ours
+    ours = write(tmp_path / "ours.jsonl", [{"prompt": "2+2?", "answer": 4}])
+    with pytest.raises(EvaluationError, match=r"gsm8k_cot are not what the task reads(.|\n)*question"):
+        load_tasks(["gsm8k_cot"], task_data={"gsm8k_cot": ours})
+
+
+def test_local_documents_of_a_group_are_refused_with_its_tasks(tmp_path: Path) -> None:
+    rows = write(tmp_path / "m.jsonl", [{"prompt": "2+2?", "answer": 4}])
+    with pytest.raises(EvaluationError, match=r"not for a group(.|\n)*mmlu is a group.*: mmlu_.*, .* and 5\d more"):
+        load_tasks(["mmlu"], task_data={"mmlu": rows})
+
+
+def test_tags_are_their_tasks_and_no_task_comes_twice(tmp_path: Path) -> None:
+    row = {"problem": "2+2?", "solution": "So \\boxed{4}"}
+    data = {"hendrycks_math_algebra": write(tmp_path / "m.jsonl", [row])}
+    suite = load_tasks(["hendrycks_math_algebra"], task_data=data)
+    assert suite.groups == {}
+    manager = _task_manager(["hendrycks_math_algebra"], [])
+    assert _members("hendrycks_math", manager.task_index)[:2] == [
+        "hendrycks_math_algebra",
+        "hendrycks_math_counting_and_prob",
+    ]
+    assert "gsm8k" in _members("math_word_problems", _task_manager(["gsm8k"], []).task_index)
+
+
 def test_unknown_task_offers_the_nearest() -> None:
     with pytest.raises(EvaluationError, match=r"ifevl(.|\n)*near: ifeval"):
         load_tasks(["ifevl"])
@@ -129,6 +182,43 @@ def test_data_that_are_not_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(EvaluationError, match=r"not at hand(.|\n)*gsm8k(.|\n)*--task-data gsm8k=FILE"):
         load_tasks(["gsm8k"])
+
+
+def test_without_the_judge_of_code_the_task_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets.config
+    import evaluate.config
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)
+    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path)
+    rows = write(tmp_path / "h.jsonl", [{"prompt": "def f():", "test": "", "entry_point": "f"}])
+    for data in ({"humaneval": rows}, {}):
+        with pytest.raises(EvaluationError, match=r"program that judges code(.|\n)*humaneval(.|\n)*network"):
+            load_tasks(["humaneval"], task_data=data, unsafe_code=True)
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "message"),
+    [
+        ("gsm8k_cot", [{"q": "2+2?", "answer": "#### 4"}], "UndefinedError.*question"),
+        ("gsm8k_cot", [{"question": "a", "answer": "b"}, {"question": "c"}], r"lacks a field(.|\n)*document 2"),
+        ("mmlu_anatomy", [{"question": "?", "choices": ["a"], "answer": 0}], "UndefinedError"),
+        ("mmlu_anatomy", [{"question": None, "choices": list("abcd"), "answer": 0}] * 2, "UndefinedError.*strip"),
+        ("hendrycks_math_algebra", [{"problem": "2+2?", "answer": "4"}], "KeyError.*solution"),
+    ],
+)
+def test_documents_that_the_task_cannot_read(tmp_path: Path, task: str, rows: Sequence[Any], message: str) -> None:
+    with pytest.raises(EvaluationError, match=message):
+        load_tasks([task], task_data={task: write(tmp_path / "d.jsonl", rows)})
+
+
+def test_a_field_that_only_the_judge_reads_is_missed_before_the_run(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "key": 1, "instruction_id_list": ["punctuation:no_comma"]}]
+    with pytest.raises(
+        EvaluationError, match=r"document 1(.|\n)*KeyError: 'kwargs'(.|\n)*the document has prompt, key"
+    ):
+        data = {"leaderboard_ifeval": write(tmp_path / "d.jsonl", rows)}
+        load_tasks(["leaderboard_ifeval"], task_data=data)
 
 
 def test_code_is_not_run_without_consent() -> None:

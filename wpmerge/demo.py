@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wpmerge import builtin
+from wpmerge.coefficients import Rule
 from wpmerge.evaluate import evaluate
 from wpmerge.evaluation import Evaluation, Skill
 from wpmerge.fusing import FuseSettings, fuse
@@ -22,6 +23,7 @@ from wpmerge.scoring import score
 SCORE = ScoreSettings(prompts=48, held_out=24, top=8, sample=16)
 EVALUATIONS = 24
 MAX_GEN_TOKENS = 96
+RIVALS: tuple[Rule, ...] = ("uniform", "scaled")
 TASK = "demo"
 METRIC = f"{TASK}/inst_level_strict_acc"
 
@@ -31,9 +33,9 @@ class DemoResult:
     """What the demo found.
 
     Attributes:
-        out: holds scores/, merged/, uniform/ (a plan alone) and evaluation/.
+        out: holds scores/, merged/, evaluation/, and the plans uniform/ and scaled/.
         scores: of the three experts.
-        scales: model → expert → scale, for the two merges.
+        scales: rival → expert → scale.
         evaluation: base, experts and merges on held-out prompts.
         instructions: expert → the ids of the two instructions it was trained on.
         seconds: wall time.
@@ -72,7 +74,7 @@ def family_path() -> Path:
 
 def expert_instructions(family: Path) -> dict[str, tuple[str, ...]]:
     """Expert → IFEval's ids of the instructions in its scoring prompts, which name them as the built-ins do."""
-    ids = {name: builtin.prompts(name)[0]["instruction_id"] for name in builtin.names()}
+    ids = {name: builtin.prompts(name)[0]["instruction_id"] for name in builtin.instructions()}
     return {
         path.stem: tuple(sorted({ids[entry["instruction"]] for entry in _read_jsonl(path)}))
         for path in sorted((family / "prompts").glob("*.jsonl"))
@@ -84,7 +86,10 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def run_demo(out: Path | None = None, *, progress: Progress | None = None) -> DemoResult:
-    """Score the three experts, fuse them, and evaluate base, experts, uniform task arithmetic and the fused model.
+    """Score the three experts, fuse them, and evaluate base, experts, the merge and two rivals.
+
+    The rivals are task arithmetic with one scale for all experts and with one per expert, each the best of
+    :data:`EVALUATIONS` merges on held-out prompts.
 
     Args:
         out: the directory to be made; None takes the first free of wpmerge-demo, wpmerge-demo-2, … here.
@@ -109,13 +114,15 @@ def run_demo(out: Path | None = None, *, progress: Progress | None = None) -> De
         settings=SCORE,
         progress=progress,
     )
-    settings = FuseSettings(rule="uniform", evaluations=EVALUATIONS)
-    uniform = fuse(out / "scores", out / "uniform", settings=settings, plan_only=True, progress=progress)
-    fused = fuse(out / "scores", out / "merged", settings=FuseSettings(evaluations=EVALUATIONS), progress=progress)
+    rivals = {}
+    for rule in RIVALS:
+        settings = FuseSettings(rule=rule, evaluations=EVALUATIONS)
+        rivals[rule] = fuse(out / "scores", out / rule, settings=settings, plan_only=True, progress=progress)
+    fuse(out / "scores", out / "merged", settings=FuseSettings(evaluations=EVALUATIONS), progress=progress)
     harness = HarnessSettings(batch_size=64, max_gen_tokens=MAX_GEN_TOKENS, dtype="float32")
     on_disk = {"base": str(family / "base"), **experts}
-    uniform_only = {"uniform": str(out / "uniform")}  # a plan without weights, merged in memory
-    models = models_to_evaluate(on_disk, uniform_only, base="base", inputs={}, settings=harness)
+    plans: dict[str, str] = {rule: str(out / rule) for rule in RIVALS}  # without weights, merged in memory
+    models = models_to_evaluate(on_disk, plans, base="base", inputs={}, settings=harness)
     evaluation = evaluate(
         models | {"fused": str((out / "merged").absolute())},  # lm-eval looks a relative a/b up on the hub
         out=out / "evaluation",
@@ -133,7 +140,7 @@ def run_demo(out: Path | None = None, *, progress: Progress | None = None) -> De
     return DemoResult(
         out=out,
         scores=scores,
-        scales={"uniform": uniform.scales, "fused": fused.scales},
+        scales={rule: found.scales for rule, found in rivals.items()},
         evaluation=evaluation,
         instructions=instructions,
         seconds=time.monotonic() - started,

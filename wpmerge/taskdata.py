@@ -1,17 +1,18 @@
-"""Documents of local tasks: JSONL files, checked row by row, handed to lm-eval in memory."""
+"""Documents of local tasks: JSONL files, checked row by row, put into a task's configuration for lm-eval."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from wpmerge.errors import EvaluationError
 from wpmerge.ifeval import ifeval_checkers
+from wpmerge.jsonl import read_objects
+from wpmerge.judges import gives_answer
 
 IFEVAL_FIELDS = ("key", "prompt", "instruction_id_list", "kwargs")
 """What lm-eval's ifeval task reads of a document."""
@@ -19,7 +20,7 @@ IFEVAL_FIELDS = ("key", "prompt", "instruction_id_list", "kwargs")
 ANSWER_FIELDS = ("prompt", "answer")
 """What :func:`judge_answer` needs of a document."""
 
-_ANSWER_IS = re.compile(r"answer is\s*\$?(-?\d[\d,]*(?:\.\d+)?)", re.IGNORECASE)
+_SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
 def file_hash(path: Path) -> str:
@@ -46,35 +47,157 @@ def in_memory(rows: Mapping[str, list[dict[str, Any]]]) -> Callable[..., Any]:
     return local_rows
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; blank lines are skipped.
+def local_config(
+    name: str, config: Mapping[str, Any] | None, ifeval: Mapping[str, Any], files: Mapping[str, Path]
+) -> dict[str, Any]:
+    """lm-eval's configuration of a task with local documents in the place of its data set.
+
+    Args:
+        name: the task's.
+        config: its own configuration; None for a task that exists only as a local file.
+        ifeval: the configuration of lm-eval's ifeval task.
+        files: split to JSONL file; the evaluated split is ``""``.
 
     Raises:
-        EvaluationError: the file is missing, empty, or has a line that is no JSON object (named by its number).
+        EvaluationError: a file cannot be read, a document does not have what the task reads, a split is lacking.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError("a task's local data cannot be read.", where=path, got=error) from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    rows = {split: [row for row, _ in read_objects(path)] for split, path in files.items()}
+    config = config or _own_config(name, rows, files, ifeval)
+    for split, found in rows.items():
+        if str(config.get("task")) == "ifeval":
+            check_ifeval(found, files[split])
+        elif config.get("process_results") is judge_answer:
+            check_fields(found, ANSWER_FIELDS, files[split])
+            for row in found:  # answers of any JSON type in one column
+                row["answer"] = json.dumps(row["answer"])
+        else:  # what is absent in one row would be read as null
+            check_fields(found, tuple(dict.fromkeys(field for row in found for field in row)), files[split])
+    splits, named = _fit_splits(name, config, rows)
+    own = {"task": name, "custom_dataset": in_memory(named), "dataset_name": None, "dataset_kwargs": None}
+    return {**config, **splits, **own}
+
+
+def _own_config(
+    name: str, rows: Mapping[str, Sequence[Mapping[str, Any]]], files: Mapping[str, Path], ifeval: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Configuration of a task that exists only as a local file, by the fields of its first row."""
+    split, first = next((split, found[0]) for split, found in rows.items())
+    if all(field in first for field in IFEVAL_FIELDS):
+        return ifeval
+    if all(field in first for field in ANSWER_FIELDS):
+        return {
+            "output_type": "generate_until",
+            "test_split": "test",
+            "num_fewshot": 0,
+            "doc_to_text": "prompt",
+            "doc_to_target": "answer",
+            "generation_kwargs": {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": 256},
+            "process_results": judge_answer,
+            "metric_list": [{"metric": "answer_acc", "aggregation": "mean", "higher_is_better": True}],
+            "metadata": {"version": 1.0},
+        }
+    raise EvaluationError(
+        f"{name!r} is not one of lm-eval's tasks, and its file does not say how to judge a response",
+        where=f"{files[split]}, line 1",
+        got=f"fields {', '.join(first)}",
+        expected=f"fields {', '.join(IFEVAL_FIELDS)} or {', '.join(ANSWER_FIELDS)}",
+        mend="check the task's name, or bring the file into one of these forms",
+    )
+
+
+def _fit_splits(
+    name: str, config: Mapping[str, Any], rows: Mapping[str, list[dict[str, Any]]]
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Rows by the split names that the task reads, and the task's splits without those that it has no use for: lm-eval
+    reads the split of examples even where none are shown."""
+    examples = config.get("fewshot_config") or {}
+    evaluated = str(config.get("test_split") or config.get("validation_split") or config.get("training_split"))
+    shots = examples.get("split") or config.get("fewshot_split")
+    if not shots and not examples.get("samples"):
+        shots = config.get("training_split") or evaluated
+    named = {split or evaluated: found for split, found in rows.items()}
+    needed = {evaluated} | ({str(shots)} if config.get("num_fewshot") and shots else set())
+    if missing := sorted(needed - set(named)):
+        raise EvaluationError(
+            "a task reads a split that its local data lack",
+            where=name,
+            got=", ".join(sorted(named)),
+            expected=", ".join(sorted(needed)),
+            mend=f"give a file for {missing[0]} too (--task-data {name}:{missing[0]}=FILE)",
+        )
+    splits: dict[str, Any] = {key: None for key in _SPLITS if config.get(key) not in named}
+    if examples.get("split") not in (None, *named):
+        splits["fewshot_config"] = {key: value for key, value in examples.items() if key != "split"}
+    return splits, named
+
+
+def check_readable(name: str, task: Any, files: Mapping[str, Path]) -> None:
+    """Refuse local documents that the loaded task cannot turn into prompts, examples and answers, before any model is
+    run.
+
+    Raises:
+        EvaluationError: naming the first such document and what went wrong, or that there are too few examples.
+    """
+    evaluated = task.config.test_split or task.config.validation_split
+    own, examples = (files.get(split, files.get("")) for split in (evaluated, task.fewshot_cfg.split))
+    for number, document in enumerate(task.eval_docs, start=1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise EvaluationError("a line is not JSON", where=f"{path}, line {number}", got=error) from error
-        if not isinstance(row, dict):
-            raise EvaluationError(
-                "a line is not a JSON object",
-                where=f"{path}, line {number}",
-                got=type(row).__name__,
-                expected="an object",
-            )
-        rows.append(row)
-    if not rows:
-        raise EvaluationError("a task's local data are empty.", where=path, expected="one JSON object a line")
-    return rows
+            task.doc_to_text(document)
+            task.doc_to_target(document)
+            if task.config.doc_to_choice is not None:
+                task.doc_to_choice(document)
+            if number == 1 and callable(task.config.process_results) and task.OUTPUT_TYPE == "generate_until":
+                _judge_nothing(task, document)
+        except Exception as error:  # whatever the task's templates and functions raise
+            raise unreadable(name, f"{own}, document {number}", error, document) from error
+    if task.config.num_fewshot:
+        _check_examples(name, task, examples or own)
+
+
+def _check_examples(name: str, task: Any, path: Path | None) -> None:
+    found = list(task.fewshot_docs())
+    needed = task.config.num_fewshot + (task.fewshot_cfg.split == task.config.test_split)  # no document is its own
+    if len(found) < needed:
+        raise EvaluationError(
+            "a task shows more examples than its local data have",
+            where=f"{name}: {path}",
+            got=len(found),
+            expected=f"at least {needed}",
+            mend="give the task's own training split, or more rows",
+        )
+    for number, document in enumerate(found, start=1):
+        try:
+            task.doc_to_text(document, task.fewshot_cfg.doc_to_text)
+            task.doc_to_target(document, task.fewshot_cfg.doc_to_target)
+        except Exception as error:
+            raise unreadable(name, f"{path}, example {number}", error, document) from error
+
+
+def _judge_nothing(task: Any, document: Mapping[str, Any]) -> None:
+    """Let the task judge an empty response, for the fields that only its judge reads."""
+    if getattr(task, "UNSAFE_CODE", False):
+        return
+    try:
+        task.process_results(document, [""])
+    except KeyError as error:
+        if error.args and error.args[0] not in document:
+            raise
+    except Exception:  # an empty response may upset a judge, and says nothing of the document then
+        return
+
+
+def unreadable(
+    name: str, where: object, error: Exception, document: Mapping[str, Any] | None = None
+) -> EvaluationError:
+    """What to say when a task's own code fails on local documents."""
+    return EvaluationError(
+        f"the local documents of {name} are not what the task reads",
+        where=where,
+        got=f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+        + ("" if document is None else f"; the document has {', '.join(document)}"),
+        expected="the fields of the task's own data set",
+        mend="name and fill the fields as that data set does",
+    )
 
 
 def check_fields(rows: Sequence[Mapping[str, Any]], fields: Sequence[str], path: Path) -> None:
@@ -120,20 +243,5 @@ def check_ifeval(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def judge_answer(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, bool]:
-    """Whether a response gives the document's answer: the last "answer is N" for a number, the reply read as JSON for
-    an object or list, the reply itself for a string."""
-    answer, response = json.loads(doc["answer"]), results[0].strip()
-    if isinstance(answer, bool) or not isinstance(answer, int | float | str):
-        try:
-            return {"answer_acc": _canonical(response) == _canonical(doc["answer"])}
-        except (ValueError, RecursionError):  # no JSON, or brackets without end
-            return {"answer_acc": False}
-    if isinstance(answer, str):
-        return {"answer_acc": response == answer.strip()}
-    said = _ANSWER_IS.findall(response)
-    return {"answer_acc": bool(said) and float(said[-1].replace(",", "")) == float(answer)}
-
-
-def _canonical(text: str) -> str:
-    """JSON in one spelling: 1 and 1.0 are the same, 1 and true are not."""
-    return json.dumps(json.loads(text, parse_int=float), sort_keys=True)
+    """Whether a response gives the document's answer, which is JSON text; see :func:`wpmerge.judges.gives_answer`."""
+    return {"answer_acc": gives_answer(results[0], json.loads(doc["answer"]))}

@@ -9,9 +9,9 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
-import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,16 +20,7 @@ from typing import Any, TypeAlias
 
 from wpmerge.errors import EvaluationError
 from wpmerge.ifeval import ensure_punkt, ifeval_checkers, require_punkt
-from wpmerge.taskdata import (
-    ANSWER_FIELDS,
-    IFEVAL_FIELDS,
-    check_fields,
-    check_ifeval,
-    file_hash,
-    in_memory,
-    judge_answer,
-    read_rows,
-)
+from wpmerge.taskdata import check_readable, file_hash, local_config, unreadable
 
 PRESETS: Mapping[str, tuple[str, ...]] = {
     "ifeval": ("ifeval",),
@@ -50,6 +41,7 @@ class TaskSuite:
         names: what was asked for, presets expanded.
         loaded: lm-eval's Task and Group objects, for ``simple_evaluate(tasks=...)``.
         leaves: task name to lm-eval Task, groups opened.
+        groups: group name to lm-eval Group, those inside other groups too.
         manager: the lm-eval TaskManager that made them.
         sources: task name to ``{split: {"file", "sha256"}}`` for local data; hub tasks are absent.
     """
@@ -57,6 +49,7 @@ class TaskSuite:
     names: tuple[str, ...]
     loaded: tuple[Any, ...]
     leaves: Mapping[str, Any]
+    groups: Mapping[str, Any]
     manager: Any
     sources: Mapping[str, Mapping[str, Mapping[str, str]]]
 
@@ -73,7 +66,7 @@ def load_tasks(
 
     Raises:
         EvaluationError: an unknown task, documents that are not at hand or malformed, a task that runs code without
-            ``unsafe_code``, an instruction type that cannot be judged here.
+            ``unsafe_code``, an instruction type that cannot be judged here, a task asked for twice.
     """
     data = {
         name: dict(files) if isinstance(files, Mapping) else {"": Path(files)}
@@ -93,15 +86,30 @@ def load_tasks(
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the code_eval metric asks for its own consent, by this variable
     with quiet():
         manager = _task_manager(names, data)
-        loaded = [_load_task(name, manager, data.get(name), unsafe_code=unsafe_code) for name in names]
-        leaves: dict[str, Any] = manager.load(loaded)["tasks"]
+        loaded: list[Any] = []
+        for name in names:
+            task = _load_task(name, manager, data.get(name), unsafe_code=unsafe_code)
+            loaded += task if isinstance(task, list) else [task]  # a tag is a list of tasks
+        try:
+            found = manager.load(loaded)
+        except ValueError as error:  # a task alone and in a group, or in two groups
+            raise EvaluationError(
+                "a task is asked for twice",
+                where=", ".join(names),
+                got=error,
+                mend="leave out the task, or the group that it is in",
+            ) from error
+    leaves: dict[str, Any] = found["tasks"]
     for name, task in leaves.items():
         _check_leaf(name, task, unsafe_code=unsafe_code)
+        if name in data:
+            check_readable(name, task, data[name])
     sources = {
         name: {split or "evaluated": {"file": str(path), "sha256": file_hash(path)} for split, path in files.items()}
         for name, files in data.items()
     }
-    return TaskSuite(names=names, loaded=tuple(loaded), leaves=leaves, manager=manager, sources=sources)
+    groups: dict[str, Any] = found.get("groups", {})
+    return TaskSuite(names=names, loaded=tuple(loaded), leaves=leaves, groups=groups, manager=manager, sources=sources)
 
 
 @functools.cache
@@ -153,23 +161,43 @@ def expand_presets(tasks: Sequence[str], data: Iterable[str] = ()) -> tuple[str,
 
 
 def _task_manager(names: Sequence[str], data: Iterable[str]) -> Any:
-    """lm-eval's task index, read only where the named tasks lie if that is enough: the whole takes seconds to parse."""
+    """lm-eval's task index, read only where the named tasks lie if that is enough: the whole takes ten seconds."""
     import lm_eval.tasks
     from lm_eval.tasks import TaskManager
 
     wanted = {*names, "ifeval"}  # the second gives local files of its form their configuration
-    files = Path(lm_eval.tasks.__file__).parent.rglob("*.yaml")
+    files = list(Path(lm_eval.tasks.__file__).parent.rglob("*.yaml"))
     folders = {path.parent for path in files if path.stem in wanted}
     manager = TaskManager(include_path=sorted(folders), include_defaults=False)
     for name in names:
         entry = manager.task_index.get(name)
-        if entry.kind.name != "TASK" if entry is not None else name not in data:
-            return TaskManager()  # a group or tag may name tasks of other folders; an unknown name needs its neighbours
+        if entry is None and name in data and not _is_named(name, files):
+            continue  # a task that only the local file makes
+        if entry is None or entry.kind.name != "TASK":
+            return (
+                _whole_index()
+            )  # a group or tag may name tasks of other folders; an unknown name needs its neighbours
     return manager
 
 
+@functools.cache
+def _whole_index() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _is_named(name: str, files: Iterable[Path]) -> bool:
+    """Whether a task, group or tag of lm-eval may have this name: a task's file is often named otherwise."""
+    word = rb"(?<![\w-])" + re.escape(name.encode()) + rb"(?![\w-])"
+    line = re.compile(rb"^[ \t]*(?:-|.*\b(?:task|group|tag)\b).*" + word, re.MULTILINE)
+    return any(line.search(text) for path in files if name.encode() in (text := path.read_bytes()))
+
+
 def _load_task(name: str, manager: Any, files: Mapping[str, Path] | None, *, unsafe_code: bool) -> Any:
-    """One lm-eval Task or Group with its documents."""
+    """One lm-eval Task or Group with its documents, or a tag's list of tasks."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
     entry = manager.task_index.get(name)
     if entry is None and files is None:
         near = difflib.get_close_matches(name, {*manager.all_tasks, *PRESETS}, n=5)
@@ -179,105 +207,85 @@ def _load_task(name: str, manager: Any, files: Mapping[str, Path] | None, *, uns
             expected=f"one of lm-eval's tasks{'; near: ' + ', '.join(near) if near else ''}",
             mend="lm-eval ls tasks lists them all; a local file makes a task of its own through task data",
         )
-    config = _config(name, entry, manager, files)
-    if config is not None and config.get("unsafe_code") and not unsafe_code:
+    single = entry is not None and entry.kind.name == "TASK"
+    if files is not None and entry is not None and not single:
+        raise _not_one_task(name, entry, manager.task_index)
+    runs_code = single and bool(load_yaml(entry.yaml_path, resolve_func=False).get("unsafe_code"))
+    if runs_code and not unsafe_code:
         raise _runs_code(name)
     try:
-        return manager._load_spec(name if files is None else config)
-    except ImportError as error:
-        raise EvaluationError(
+        if files is None:
+            return manager._load_spec(name)
+        ifeval = load_yaml(manager.task_index["ifeval"].yaml_path, resolve_func=True)
+        config = load_yaml(entry.yaml_path, resolve_func=True) if single else None
+        return manager._load_spec(local_config(name, config, ifeval, files))
+    except EvaluationError:
+        raise
+    except Exception as error:  # whatever a task's own code, its templates or the hub raise
+        raise _not_loaded(name, error, files, runs_code=runs_code) from error
+
+
+def _not_one_task(name: str, entry: Any, index: Mapping[str, Any]) -> EvaluationError:
+    kind = entry.kind.name.lower().replace("py_task", "task written in Python")
+    members = _members(name, index)
+    return EvaluationError(
+        "local documents can stand in for one task of a file, not for a group of tasks",
+        where=name,
+        got=f"{name} is a {kind} of lm-eval's{': ' + _first_few(members) if members else ''}",
+        mend="give them for the group's tasks by name, or give a task of your own another name",
+    )
+
+
+def _members(name: str, index: Mapping[str, Any]) -> list[str]:
+    """The tasks of a group or tag, by name; those that it defines itself are left out."""
+    entry = index.get(name)
+    if entry is None or entry.kind.name not in ("GROUP", "TAG"):
+        return [] if entry is None else [name]
+    given = sorted(entry.tags) if entry.kind.name == "TAG" else entry.cfg.get("task") or []
+    names = [each if isinstance(each, str) else each.get("group", each.get("task")) for each in given]
+    return [leaf for each in names for leaf in _members(str(each), index)]
+
+
+def _first_few(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _not_loaded(name: str, error: Exception, files: Mapping[str, Path] | None, *, runs_code: bool) -> EvaluationError:
+    """What to say when lm-eval cannot load a task."""
+    reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+    if isinstance(error, ImportError):
+        return EvaluationError(
             "a task needs a package that is not installed",
             where=name,
             got=error,
             mend="install it, or leave the task out",
-        ) from error
-    except (OSError, ValueError) as error:
-        raise EvaluationError(
-            "the documents of a task are not at hand",
+        )
+    if runs_code and not _code_eval_at_hand():
+        return EvaluationError(
+            "the program that judges code is not at hand: lm-eval downloads it, hf evaluate's code_eval, when it loads "
+            "such a task, wherever the documents come from",
             where=name,
-            got=f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}",
-            expected="its data set on the hub or in the hub's cache, or a local file",
-            mend=f"give the documents as a JSONL file (--task-data {name}=FILE), or allow the network",
-        ) from error
-
-
-def _config(name: str, entry: Any, manager: Any, files: Mapping[str, Path] | None) -> dict[str, Any] | None:
-    """A task's lm-eval configuration, its functions resolved only when the local files are to be put into it."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    if entry is not None and entry.kind.name != "TASK":
-        if files is not None:
-            raise EvaluationError(
-                "local documents can stand in for one task, not for a group of tasks",
-                where=name,
-                got=entry.kind.name.lower(),
-                mend="give them for the group's tasks by name",
-            )
-        return None
-    if files is None:
-        config: dict[str, Any] = load_yaml(entry.yaml_path, resolve_func=False)
-        return config
-    rows = {split: read_rows(path) for split, path in files.items()}
-    if entry is not None:
-        config = load_yaml(entry.yaml_path, resolve_func=True)
-    else:
-        config = _own_config(name, rows, files, load_yaml(manager.task_index["ifeval"].yaml_path, resolve_func=True))
-    rows = _name_splits(name, config, rows, files)
-    return {**config, "task": name, "custom_dataset": in_memory(rows), "dataset_name": None, "dataset_kwargs": None}
-
-
-def _own_config(
-    name: str, rows: Mapping[str, Sequence[Mapping[str, Any]]], files: Mapping[str, Path], ifeval: dict[str, Any]
-) -> dict[str, Any]:
-    """Configuration of a task that exists only as a local file, by the fields of its first row."""
-    split, first = next((split, found[0]) for split, found in rows.items())
-    if all(field in first for field in IFEVAL_FIELDS):
-        return ifeval
-    if all(field in first for field in ANSWER_FIELDS):
-        return {
-            "output_type": "generate_until",
-            "test_split": "test",
-            "num_fewshot": 0,
-            "doc_to_text": "prompt",
-            "doc_to_target": "answer",
-            "generation_kwargs": {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": 256},
-            "process_results": judge_answer,
-            "metric_list": [{"metric": "answer_acc", "aggregation": "mean", "higher_is_better": True}],
-            "metadata": {"version": 1.0},
-        }
-    raise EvaluationError(
-        f"{name!r} is not one of lm-eval's tasks, and its file does not say how to judge a response.",
-        where=f"{files[split]}, line 1",
-        got=f"fields {', '.join(first)}",
-        expected=f"fields {', '.join(IFEVAL_FIELDS)} or {', '.join(ANSWER_FIELDS)}",
-        mend="check the task's name, or bring the file into one of these forms",
+            got=reason,
+            mend="load the task once with the network on this machine, which keeps it in the hub's cache",
+        )
+    if files is not None:
+        return unreadable(name, ", ".join(map(str, files.values())), error)
+    return EvaluationError(
+        "the documents of a task are not at hand",
+        where=name,
+        got=reason,
+        expected="its data set on the hub or in the hub's cache, or a local file",
+        mend=f"give the documents as a JSONL file (--task-data {name}=FILE), or allow the network",
     )
 
 
-def _name_splits(
-    name: str, config: Mapping[str, Any], rows: Mapping[str, list[dict[str, Any]]], files: Mapping[str, Path]
-) -> dict[str, list[dict[str, Any]]]:
-    """Rows by the split names that the task reads; rows of IFEval's form are checked on the way."""
-    evaluated = config.get("test_split") or config.get("validation_split") or config.get("training_split")
-    named = {split or str(evaluated): found for split, found in rows.items()}
-    shots = config.get("fewshot_split") or config.get("training_split") or evaluated
-    needed = {str(evaluated)} | ({str(shots)} if config.get("num_fewshot") else set())
-    if missing := sorted(needed - set(named)):
-        raise EvaluationError(
-            "a task reads a split that its local data lack",
-            where=name,
-            got=", ".join(sorted(named)),
-            expected=", ".join(sorted(needed)),
-            mend=f"give a file for {missing[0]} too (--task-data {name}:{missing[0]}=FILE)",
-        )
-    for split, found in rows.items():
-        if str(config.get("task")) == "ifeval":
-            check_ifeval(found, files[split])
-        if config.get("process_results") is judge_answer:
-            check_fields(found, ANSWER_FIELDS, files[split])
-            for row in found:  # answers of any JSON type in one column
-                row["answer"] = json.dumps(row["answer"])
-    return named
+def _code_eval_at_hand() -> bool:
+    try:
+        importlib.import_module("evaluate").load("code_eval")
+    except Exception:  # not installed, not found, no network, no consent: one sentence for all of them
+        return False
+    return True
 
 
 def _check_leaf(name: str, task: Any, *, unsafe_code: bool) -> None:
