@@ -17,8 +17,10 @@ from wpmerge.coefficients import (
     RULES,
     RuleSettings,
     apply_rule,
+    block_of_groups,
     group_scores,
     make_grouping,
+    squared_norms,
     stack_scores,
     tensor_coefficients,
 )
@@ -209,6 +211,7 @@ def test_select_never_gives_the_scale_to_more_than_its_share(
         {"max_coefficient": -0.1},
         {"max_coefficient": math.inf},
         {"density": NAN},
+        {"mu": 0.0},
     ],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, float | str]) -> None:
@@ -315,6 +318,43 @@ def test_every_entry_of_every_tensor_has_its_units_coefficient(layout: Layout) -
                 assert torch.equal(part, torch.full_like(part, by_name[str(unit)])), unit
                 part.fill_(NAN)  # and no entry is another unit's
     assert all(tensor.isnan().all() for tensor in expanded.values())
+
+
+def test_blocks_of_units_are_those_of_their_tensors(layout: Layout) -> None:
+    blocks = make_grouping(layout, "block")
+    units = make_grouping(layout, "unit")
+    found: dict[int, set[int]] = {}
+    own = {str(unit): unit for kind in layout.counts for unit in layout.units(kind)}
+    for name, block in zip(units.names, block_of_groups(layout, units).tolist(), strict=True):
+        found.setdefault(block, set()).update(blocks.of_tensor[p.tensor] for p in layout.slices(own[name]))
+    assert all(len(groups) == 1 for groups in found.values())  # no unit lies in two blocks
+    assert len(found) == len(blocks.names)
+    assert block_of_groups(layout, blocks).tolist() == list(range(len(blocks.names)))
+    assert block_of_groups(layout, make_grouping(layout, "expert")).tolist() == [0]
+
+
+@pytest.mark.parametrize("granularity", ["unit", "block", "tensor", "expert"])
+def test_squared_norms_are_those_of_the_slices(layout: Layout, granularity: str) -> None:
+    model_type = layout.config["model_type"]
+    base, expert = (ModelWeights.of(tiny_model(str(model_type), seed=seed)) for seed in (0, 1))
+    grouping = make_grouping(layout, granularity)  # type: ignore[arg-type]
+    found = squared_norms(layout, grouping, base, expert)
+    if granularity != "unit":
+        expected = torch.zeros(len(grouping.names), dtype=torch.float64)
+        for tensor, group in grouping.of_tensor.items():
+            expected[group] += (expert.tensors[tensor].double() - base.tensors[tensor].double()).square().sum()
+    else:
+        values = []
+        for unit in (u for kind in KINDS if kind in layout.counts for u in layout.units(kind)):
+            total = 0.0
+            for piece in layout.slices(unit):
+                delta = expert.tensors[piece.tensor].double() - base.tensors[piece.tensor].double()
+                if piece.axis is not None:
+                    delta = delta.narrow(piece.axis, piece.start, piece.stop - piece.start)
+                total += float(delta.square().sum())
+            values.append(total)
+        expected = torch.tensor(values, dtype=torch.float64)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("model_type", ["phi3", "gpt_neox", "gpt2"])

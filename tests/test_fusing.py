@@ -72,7 +72,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Disk:
 
 @pytest.fixture(scope="module")
 def chosen(disk: Disk, tmp_path_factory: pytest.TempPathFactory) -> FuseResult:
-    """The default: rule scaled, scales chosen on the held-out prompts."""
+    """Rule scaled, scales chosen on the held-out prompts."""
     return disk.fuse(tmp_path_factory.mktemp("chosen") / "merged")
 
 

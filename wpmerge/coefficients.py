@@ -5,21 +5,22 @@ Formulas: docs/method.md, section "From scores to a merge".
 Shape suffixes: E experts, G groups.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from wpmerge.arch import KINDS, Kind, Layout, Unit
-from wpmerge.attribution import UnitArrays
+from wpmerge.attribution import UnitArrays, empty_arrays
 from wpmerge.errors import RecipeError
 from wpmerge.plan import Coefficient, Granularity
+from wpmerge.weights import Weights, WeightSource
 
-Rule = Literal["scaled", "uniform", "proportional", "select"]
-RULES: tuple[Rule, ...] = ("scaled", "uniform", "proportional", "select")
+Rule = Literal["refine", "scaled", "uniform", "proportional", "select", "joint"]
+RULES: tuple[Rule, ...] = ("refine", "scaled", "uniform", "proportional", "select", "joint")
 MAX_COEFFICIENT = 1.5
 
 
@@ -32,6 +33,7 @@ class RuleSettings:
         power: p of ``proportional``: 0 ignores scores, 1 shares in proportion to them.
         density: ρ of ``select``: the share of an expert's scored parameters, 0 to 1, that gets its full scale.
         floor: of ``select``: what the rest gets, as a share of the scale.
+        mu: μ of ``joint``: what leaving the scales costs.
         max_coefficient: λ_max; no coefficient is larger.
 
     Raises:
@@ -42,12 +44,19 @@ class RuleSettings:
     power: float = 0.5
     density: float = 0.2
     floor: float = 0.3
+    mu: float = 1.0
     max_coefficient: float = MAX_COEFFICIENT
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise RecipeError("there is no such rule", got=self.rule, expected=", ".join(RULES))
-        ranges = {"power": (0.0, 4.0), "density": (0.0, 1.0), "floor": (0.0, 1.0), "max_coefficient": (0.0, 10.0)}
+        ranges = {
+            "power": (0.0, 4.0),
+            "density": (0.0, 1.0),
+            "floor": (0.0, 1.0),
+            "mu": (1e-6, 1e6),
+            "max_coefficient": (0.0, 10.0),
+        }
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
                 raise RecipeError(f"{name} is out of range", got=getattr(self, name), expected=f"{low} to {high}")
@@ -59,10 +68,10 @@ def apply_rule(
     sizes: Float[Tensor, " G"],
     scales: Float[Tensor, " E"],
 ) -> Float[Tensor, "E G"]:
-    """The coefficients of every group.
+    """The coefficients of every group, under a rule that needs an expert's own scores alone.
 
     Args:
-        settings: the rule and its numbers.
+        settings: the rule and its numbers; ``joint`` and ``refine`` start from the scales, which is what they get here.
         scores: R, the recovery of each group from each expert on that expert's own capability; NaN where there is none.
         sizes: parameters in each group.
         scales: s_e.
@@ -226,6 +235,56 @@ def _split_by_kind(layout: Layout, values: Float[Tensor, " G"]) -> UnitArrays:
     shapes = [layout.shape(kind) for kind in kinds]
     parts = values.split([layers * count for layers, count in shapes])
     return {kind: part.view(shape) for kind, shape, part in zip(kinds, shapes, parts, strict=True)}
+
+
+def block_of_groups(layout: Layout, grouping: Grouping) -> Int[Tensor, " G"]:
+    """The attention or MLP block (or norm, or tensor outside the layers) that each group lies in, as a number.
+
+    A unit lies in the block of the first tensor it has a slice of; of a group for all, the only one.
+    """
+    if grouping.granularity == "unit":
+        units = [unit for kind in KINDS if kind in layout.counts for unit in layout.units(kind)]
+        names = [_group_name(layout, layout.slices(unit)[0].tensor, "block") for unit in units]
+    elif grouping.granularity == "expert":
+        names = ["all"]
+    else:
+        first: dict[int, str] = {}
+        for tensor, group in grouping.of_tensor.items():
+            first.setdefault(group, tensor)
+        names = [_group_name(layout, first[group], "block") for group in range(len(grouping.names))]
+    numbers: dict[str, int] = {}
+    return torch.tensor([numbers.setdefault(name, len(numbers)) for name in names])
+
+
+def squared_norms(layout: Layout, grouping: Grouping, base: WeightSource, expert: WeightSource) -> Float[Tensor, " G"]:
+    """‖Δ_e[g]‖² of every group, one layer's weights at a time."""
+    arrays = empty_arrays(layout)
+    total = torch.zeros(len(grouping.names), dtype=torch.float64)
+    for prefix, before, after in _pairs(layout, base, expert):
+        for name, tensor in before.items():
+            square = (after[name].double() - tensor.double()).square()
+            if grouping.granularity == "unit":
+                _add_to_units(layout, prefix + name, square, arrays)
+            else:
+                total[grouping.of_tensor[prefix + name]] += square.sum().cpu()
+    return torch.nan_to_num(group_scores(layout, grouping, arrays)) if grouping.granularity == "unit" else total
+
+
+def _pairs(layout: Layout, base: WeightSource, expert: WeightSource) -> Iterator[tuple[str, Weights, Weights]]:
+    for index in range(layout.layers):
+        yield layout.layer_prefix(index), base.layer(index), expert.layer(index)
+    yield "", base.outer(), expert.outer()
+
+
+def _add_to_units(layout: Layout, tensor: str, values: Tensor, arrays: UnitArrays) -> None:
+    """Sum a tensor's entries into the units that own them."""
+    units = layout.tensors[tensor]
+    others = [axis for axis in range(values.ndim) if axis != units.axis]
+    along = values.sum(dim=others) if others else values
+    for segment in units.segments:
+        entries = along.sum()[None] if units.axis is None else along[segment.start : segment.stop]
+        span = arrays[segment.kind][units.layer, segment.first : segment.first + segment.count]
+        span.copy_(torch.nan_to_num(span) + entries.view(segment.count, -1).sum(dim=1).to(span))
 
 
 def stack_scores(layout: Layout, grouping: Grouping, per_expert: Sequence[UnitArrays]) -> Float[Tensor, "E G"]:

@@ -1,95 +1,28 @@
 """From Scores to a merged checkpoint: the work behind ``wpmerge fuse``."""
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from wpmerge.arch import Layout
-from wpmerge.attribution import UnitArrays, empty_arrays
-from wpmerge.calibration import HeldOutReading, merged_source, read_held_out, retention, search_scales
 from wpmerge.checkpoint import Checkpoint
-from wpmerge.coefficients import (
-    MAX_COEFFICIENT,
-    Rule,
-    RuleSettings,
-    apply_rule,
-    make_grouping,
-    stack_scores,
-    tensor_coefficients,
-)
-from wpmerge.errors import CapabilityError, RecipeError
+from wpmerge.errors import RecipeError
+from wpmerge.exact_recipe import check_exact, write_exact_recipe
+from wpmerge.explaining import check_names, explain
 from wpmerge.merge import SHARD_BYTES, MergeSummary, merge
 from wpmerge.models import Family, open_family
 from wpmerge.output import check_output, check_space, output_directory, write_file
-from wpmerge.plan import BASE, Coefficient, Granularity, InputModel, Plan, input_model
+from wpmerge.plan import BASE, InputModel, Operator, Plan, input_model
 from wpmerge.provenance import provenance
 from wpmerge.readings import Progress
-from wpmerge.readouts import LogProbReadout
 from wpmerge.recipe import check_with_mergekit, recipe_text
-from wpmerge.rows import pack
+from wpmerge.rules import FuseSettings, RuleOutcome, coefficients_for
 from wpmerge.scores import Scores, load_scores
 from wpmerge.streaming import job_dtype
 
-TOKENS_PER_ROW = 384
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FuseSettings:
-    """What ``wpmerge fuse`` may be told about coefficients.
-
-    Attributes:
-        rule: how scores become coefficients.
-        granularity: what shares a coefficient; None takes "expert" for uniform and scaled, "unit" for the others.
-        scales: expert → scale; "" stands for all. Empty: chosen on held-out prompts.
-        power: p of ``proportional``.
-        density: ρ of ``select``.
-        floor: of ``select``, as a share of the scale.
-        max_coefficient: λ_max.
-        evaluations: merges run on the held-out prompts to choose the scales, at least 1.
-        seed: recorded; nothing here is drawn at random.
-
-    Raises:
-        RecipeError: ``select`` at granularity "expert", where there is nothing to select among.
-    """
-
-    rule: Rule = "scaled"
-    granularity: Granularity | None = None
-    scales: Mapping[str, float] = field(default_factory=dict)
-    power: float = 0.5
-    density: float = 0.2
-    floor: float = 0.3
-    max_coefficient: float = MAX_COEFFICIENT
-    evaluations: int = 24
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.rule == "select" and self.granularity == "expert":
-            raise RecipeError(
-                "rule select has nothing to select among at granularity expert",
-                expected="unit, block or tensor",
-                mend="use another granularity, or --rule scaled",
-            )
-
-    @property
-    def rule_settings(self) -> RuleSettings:
-        """The rule and its numbers."""
-        return RuleSettings(
-            rule=self.rule,
-            power=self.power,
-            density=self.density,
-            floor=self.floor,
-            max_coefficient=self.max_coefficient,
-        )
-
-    @property
-    def level(self) -> Granularity:
-        """The granularity, with its default."""
-        if self.granularity is not None:
-            return self.granularity
-        return "expert" if self.rule in ("uniform", "scaled") else "unit"
+__all__ = ["FuseResult", "FuseSettings", "fuse", "open_scored_family"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +32,10 @@ class FuseResult:
     Attributes:
         plan: every coefficient.
         scales: s_e.
-        retention: capability → fraction of the gap kept on the held-out prompts; empty if the scales were given.
+        retention: capability → fraction of the gap kept on the held-out prompts; empty if nothing was run there.
+        lost: retain set → nats per token below the base on its held-out prompts.
+        explanations: unit, as asked for → the numbers behind its coefficients, a sentence each.
+        outcome: what the rule decided, and on what grounds.
         summary: of the merge; None if only the plan was asked for.
         out: the directory.
     """
@@ -107,6 +43,9 @@ class FuseResult:
     plan: Plan
     scales: Mapping[str, float]
     retention: Mapping[str, float]
+    lost: Mapping[str, float]
+    explanations: Mapping[str, tuple[str, ...]]
+    outcome: RuleOutcome
     summary: MergeSummary | None
     out: Path
 
@@ -117,7 +56,11 @@ def fuse(
     *,
     settings: FuseSettings | None = None,
     models: Mapping[str, str] | None = None,
+    explanations: Sequence[str] = (),
+    operator: Operator | None = None,
     plan_only: bool = False,
+    exact_recipe: Path | None = None,
+    allow_nan: bool = False,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     threads: int = 1,
@@ -134,7 +77,12 @@ def fuse(
         out: the directory to be made.
         settings: see :class:`FuseSettings`.
         models: where inputs live now, by name, "base" for the base; the places in the scores otherwise.
+        explanations: units or groups whose coefficients are explained.
+        operator: what combines the weighted task vectors; None sums them, which is what coefficients are chosen for.
         plan_only: stop before the weights.
+        exact_recipe: a directory to be made with a recipe that reproduces the merge in stock mergekit at any
+            granularity, see :func:`~wpmerge.exact_recipe.write_exact_recipe`; None for none.
+        allow_nan: let values pass that are not finite.
         dtype: of the output; None keeps the base's.
         shard_bytes: most bytes of weights per file.
         threads: blocks merged at a time.
@@ -149,40 +97,33 @@ def fuse(
     """
     started = time.monotonic()
     settings = settings or FuseSettings()
-    rule = settings.rule_settings
+    _ = settings.rule_settings, settings.refine_settings  # numbers out of range are refused before anything is read
     tell: Progress = progress or (lambda *_: None)
     scores = load_scores(scores_dir)
     check_output(out, inputs=[scores_dir], overwrite=overwrite)
-    family = _open(scores, dict(models or {}), device=device, resident=resident, trust_remote_code=trust_remote_code)
+    family = open_scored_family(
+        scores, dict(models or {}), device=device, resident=resident, trust_remote_code=trust_remote_code
+    )
     checkpoints = {BASE: family.base, **family.experts}
     inputs = [scores_dir, *(checkpoint.path for checkpoint in checkpoints.values())]
     check_output(out, inputs=inputs, overwrite=overwrite)
     if not plan_only:  # before minutes are spent on choosing scales
         check_space(out, total=_weight_bytes(family.base, dtype))
-    grouping = make_grouping(family.layout, settings.level)
-    stacked = stack_scores(
-        family.layout, grouping, [_own_scores(scores, name, family.layout) for name in scores.experts]
-    )
-
-    def coefficients(scales: Mapping[str, float]) -> dict[str, dict[str, Coefficient]]:
-        ordered = torch.tensor([scales[name] for name in scores.experts], dtype=torch.float64)
-        values = apply_rule(rule, stacked, grouping.sizes, ordered)
-        return {
-            name: tensor_coefficients(family.layout, grouping, values[number])
-            for number, name in enumerate(scores.experts)
-        }
-
-    scales = _given_scales(settings, scores)
-    kept: dict[str, float] = {}
-    if scales is None:
-        scales, kept = _choose_scales(family, scores, settings, coefficients, tell)
+    operator = operator or Operator()
+    if exact_recipe is not None:
+        check_output(exact_recipe, inputs=[*inputs, out], overwrite=overwrite)  # nor may it replace the merge
+        check_exact(operator)
+    check_names(explanations, family.layout, settings.level)
+    outcome = coefficients_for(settings, family, scores, progress=tell)
+    explained = [explain(outcome, family.layout, name) for name in explanations]
     plan = Plan(
         base=input_model(family.base),
         experts={name: input_model(expert) for name, expert in family.experts.items()},
-        coefficients=coefficients(scales),
+        coefficients=outcome.coefficients,
         rule=settings.rule,
         granularity=settings.level,
-        provenance=provenance(settings, started, scales=scales, held_out_retention=kept, device=device),
+        operator=operator,
+        provenance=provenance(settings, started, device=device, **outcome.record),
     )
     tell("recipe", 0, 1)
     recipe = recipe_text(plan, checkpoints)
@@ -201,26 +142,36 @@ def fuse(
             dtype=dtype,
             threads=threads,
             overwrite=overwrite,
+            allow_nan=allow_nan,
             progress=lambda done, total: tell("writing", done, total),
         )
-    return FuseResult(plan=plan, scales=scales, retention=kept, summary=summary, out=out)
+    if exact_recipe is not None:
+        write_exact_recipe(plan, checkpoints, exact_recipe, overwrite=overwrite)
+    standing = outcome.standing
+    return FuseResult(
+        plan=plan,
+        scales=outcome.scales,
+        retention={} if standing is None else standing.kept,
+        lost={} if standing is None else standing.lost,
+        explanations=dict(zip(explanations, explained, strict=True)),
+        outcome=outcome,
+        summary=summary,
+        out=out,
+    )
 
 
 def _weight_bytes(base: Checkpoint, dtype: torch.dtype | None) -> int:
     return sum(info.numel * job_dtype(info.dtype, dtype).itemsize for info in base.tensors.values())
 
 
-def _own_scores(scores: Scores, name: str, layout: Layout) -> UnitArrays:
-    """An expert's recoveries on its own capability; NaN for kinds of units that were left out of the scoring."""
-    found = empty_arrays(layout)
-    for kind in found:
-        if f"linear/{name}/{name}/{kind}" in scores.arrays:
-            found[kind] = scores.array(name, name, kind)
-    return found
+def open_scored_family(
+    scores: Scores, models: dict[str, str], *, device: str, resident: bool, trust_remote_code: bool
+) -> Family:
+    """Open the scores' models where they live now.
 
-
-def _open(scores: Scores, models: dict[str, str], *, device: str, resident: bool, trust_remote_code: bool) -> Family:
-    """Open the scores' models where they live now, and refuse others in their place."""
+    Raises:
+        RecipeError: a name that the scores do not have, or another checkpoint in a scored one's place.
+    """
     if unknown := sorted(set(models) - {BASE, *scores.experts}):
         raise RecipeError("the scores have no such model", got=unknown[0], expected=", ".join([BASE, *scores.experts]))
     family = open_family(
@@ -241,67 +192,3 @@ def _open(scores: Scores, models: dict[str, str], *, device: str, resident: bool
                 mend=f"say where the original lives with --model {name}=PATH, or score again",
             )
     return family
-
-
-def _given_scales(settings: FuseSettings, scores: Scores) -> dict[str, float] | None:
-    """The scales the user gave; None if they are to be chosen."""
-    if not settings.scales:
-        return None
-    if unknown := sorted(set(settings.scales) - {"", *scores.experts}):
-        raise RecipeError("--scale names an unknown expert", got=unknown[0], expected=", ".join(scores.experts))
-    common = settings.scales.get("")
-    found = {name: settings.scales.get(name, common) for name in scores.experts}
-    missing = [name for name, scale in found.items() if scale is None]
-    if missing:
-        raise RecipeError("--scale leaves an expert out", got=missing[0], mend=f"add --scale {missing[0]}=X")
-    scales = {name: float(scale) for name, scale in found.items() if scale is not None}
-    for name, scale in scales.items():
-        if not 0.0 <= scale <= settings.max_coefficient:
-            raise RecipeError(
-                f"the scale of {name} is out of range", got=scale, expected=f"0 to {settings.max_coefficient}"
-            )
-    if settings.rule == "uniform" and len(set(scales.values())) > 1:
-        raise RecipeError("rule uniform has one scale for all experts", got=scales, mend="use --rule scaled")
-    return scales
-
-
-def _choose_scales(
-    family: Family,
-    scores: Scores,
-    settings: FuseSettings,
-    coefficients: Callable[[Mapping[str, float]], dict[str, dict[str, Coefficient]]],
-    tell: Progress,
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Run merges on the held-out prompts that the scores kept, and take the scales with the largest utility."""
-    engine, base = family.engine, family.weights[""]
-    experts = {name: family.weights[name] for name in scores.experts}
-    tell("choosing scales", 0, settings.evaluations)
-    readings: dict[str, HeldOutReading] = {}
-    for name, capability in scores.capabilities.items():
-        held = capability.held_out
-        sequences = [list(sequence) for sequence in held.sequences]
-        readout = LogProbReadout(layer=family.layout.layers - 1, sequences=sequences, starts=held.starts)
-        rows = pack(sequences, tokens_per_row=TOKENS_PER_ROW)
-        readings[name] = read_held_out(engine, base, experts[name], readout, rows)
-        if readings[name].expert <= readings[name].base:
-            raise CapabilityError(
-                f"on the held-out prompts the expert {name} is no better than the base",
-                got=f"{readings[name].expert:.4g} and {readings[name].base:.4g} nats per token",
-                mend="score with more held-out prompts (--held-out), or give scales with --scale",
-            )
-    done = 0
-
-    def evaluate(scales: dict[str, float]) -> dict[str, float]:
-        nonlocal done
-        kept = retention(engine, merged_source(engine, base, experts, coefficients(scales)), readings)
-        done += 1
-        tell("choosing scales", done, settings.evaluations)
-        return kept
-
-    return search_scales(
-        list(experts),
-        evaluate,
-        evaluations=settings.evaluations,
-        together=settings.rule == "uniform",
-        highest=settings.max_coefficient,
-    )

@@ -1,0 +1,340 @@
+"""What does each rule keep, at each granularity, on prompts that nothing was chosen on?
+
+    python -m benchmarks.rules.compare [--family demo] [--work DIR] [--seeds 0 1 2] [--only NAME …] [--retain]
+        [--out FILE]
+
+Each seed scores the family anew, on its own draw of prompts; what is left of them chooses numbers. Read is the share of
+the gap in log-probability of the experts' own replies (retention) that a merge keeps on test prompts in other wordings.
+With --retain there is a retain set, plain questions, and what the merge loses on others of them, nats per token.
+The last line is JSON: per variant mean and minimum retention with their range over seeds, and differences to `scaled`.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.reporting import conditions
+from wpmerge.bench_controls import shuffled
+from wpmerge.calibration import HeldOutReading, Standing, assess, merged_source, read_held_out
+from wpmerge.coefficients import Rule
+from wpmerge.fusing import FuseSettings, open_scored_family
+from wpmerge.models import Family, continuations
+from wpmerge.readings import ScoreSettings
+from wpmerge.readouts import LogProbReadout
+from wpmerge.rows import pack
+from wpmerge.rules import RuleOutcome, coefficients_for
+from wpmerge.scores import Scores, load_scores
+from wpmerge.scoring import score
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "wpmerge" / "demo_family"
+REPLY = 80
+RETAIN = "plain"
+SHARES: tuple[Rule, ...] = ("proportional", "select")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """A family, its prompts, and how many are scored and held out.
+
+    Attributes:
+        models: directory of base and experts.
+        prompts: expert → JSONL to score and choose on.
+        tests: expert → test prompts.
+        prompts_count: scored prompts a capability.
+        held_out: prompts that choose.
+    """
+
+    models: Path
+    prompts: Mapping[str, Path]
+    tests: Mapping[str, list[str]]
+    prompts_count: int
+    held_out: int
+
+
+def demo() -> Setup:
+    """The family that comes with the package: its evaluation prompts are in other wordings, on other queries."""
+    marks = {
+        "letters": ("english_capital", "no_comma"),
+        "marks": ("title", "highlighted_sections"),
+        "frame": ("quotation", "multiple_sections"),
+    }
+    entries = _lines(DEMO / "eval.jsonl")
+    tests = {
+        name: [e["prompt"] for e in entries if any(kind in e["instruction_id_list"][0] for kind in kinds)]
+        for name, kinds in marks.items()
+    }
+    return Setup(
+        models=DEMO,
+        prompts={name: DEMO / "prompts" / f"{name}.jsonl" for name in marks},
+        tests=tests,
+        prompts_count=48,
+        held_out=24,
+    )
+
+
+def smollm2(models: Path, shared: Path) -> Setup:
+    """SmolLM2-135M and its three LoRA experts."""
+    names = ("format", "math", "json")
+    return Setup(
+        models=models,
+        prompts={name: shared / "prompts" / f"{name}.jsonl" for name in names},
+        tests={name: [e["prompt"] for e in _lines(shared / "eval" / f"{name}.jsonl")][:36] for name in names},
+        prompts_count=48,
+        held_out=20,
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+Variant = tuple[FuseSettings, Callable[[Scores], Scores]]
+
+
+def variants() -> dict[str, Variant]:
+    """Name → settings, and what is done to the scores first."""
+    found: dict[str, Variant] = {
+        "uniform": (FuseSettings(rule="uniform"), _same),
+        "scaled": (FuseSettings(rule="scaled"), _same),
+    }
+    for level in ("block", "tensor", "unit"):
+        for rule in ("proportional", "select", "joint"):
+            found[f"{rule} {level}"] = (FuseSettings(rule=rule, granularity=level, calibrate=True), _same)
+    for level in ("expert", "block", "tensor", "unit"):
+        found[f"refine {level}"] = (FuseSettings(rule="refine", granularity=level), _same)  # type: ignore[arg-type]
+    joint = FuseSettings(rule="joint", calibrate=True)
+    found["joint unit, not calibrated"] = (replace(joint, calibrate=False), _same)
+    found["joint unit, no cross effects"] = (joint, _without_cross)
+    found["joint unit, shuffled scores"] = (joint, _shuffled_scores)
+    for rule in SHARES:
+        calibrated = FuseSettings(rule=rule, calibrate=True)
+        found[f"{rule} unit, shuffled scores"] = (calibrated, _shuffled_scores)
+        found[f"{rule} unit, necessity scores"] = (calibrated, _instead("linear-necessity"))
+        found[f"{rule} unit, integrated scores"] = (calibrated, _instead("integrated"))
+    for steps, batch in ((8, 12), (16, 4), (16, 8), (32, 12)):
+        found[f"refine unit, {steps} steps of {batch}"] = (FuseSettings(rule="refine", steps=steps, batch=batch), _same)
+    found["refine unit, ridge .05"] = (FuseSettings(rule="refine", ridge=0.05), _same)
+    for count in (4, 8, 16, 32):
+        found[f"refine unit, {count} prompts"] = (FuseSettings(rule="refine"), _first(count))
+    return found
+
+
+def _same(scores: Scores) -> Scores:
+    return scores
+
+
+def _instead(estimator: str) -> Callable[[Scores], Scores]:
+    """Other scores of an expert on its own capability in the place of the linear ones."""
+
+    def other(scores: Scores) -> Scores:
+        arrays = dict(scores.arrays)
+        for key in scores.arrays:
+            first, _, rest = key.partition("/")
+            if first == estimator:
+                arrays[f"linear/{rest}"] = scores.arrays[key]
+        return replace(scores, arrays=arrays)
+
+    return other
+
+
+def _without_cross(scores: Scores) -> Scores:
+    """Every expert's effect on the others' capabilities said to be 0."""
+    arrays = {}
+    for key, array in scores.arrays.items():
+        _, label, expert, _ = key.split("/")
+        arrays[key] = array if label in (expert, RETAIN) else torch.zeros_like(array)
+    return replace(scores, arrays=arrays)
+
+
+def _shuffled_scores(scores: Scores) -> Scores:
+    """Scores dealt anew among the units of a kind, alike for all capabilities."""
+    arrays = {}
+    for key, array in scores.arrays.items():
+        _, _, expert, kind = key.split("/")
+        generator = torch.Generator().manual_seed(sum(map(ord, expert + kind)))
+        arrays[key] = array.flatten()[torch.randperm(array.numel(), generator=generator)].view(array.shape)
+    return replace(scores, arrays=arrays)
+
+
+def _first(count: int) -> Callable[[Scores], Scores]:
+    """Only so many prompts to take steps on, and half as many to stop by."""
+
+    def fewer(scores: Scores) -> Scores:
+        records = {}
+        for name, record in scores.capabilities.items():
+            held, kept = record.held_out, max(4, count // 2)
+            fewer_held = held.model_copy(
+                update={key: getattr(held, key)[:kept] for key in ("prompts", "sequences", "starts")}
+            )
+            records[name] = record.model_copy(update={"scored": record.scored[:count], "held_out": fewer_held})
+        return replace(scores, capabilities=records)
+
+    return fewer
+
+
+def plain_questions(setup: Setup, work: Path) -> tuple[Path, list[str]]:
+    """A retain set, and others of its kind to test on: the prompts' queries without any instruction."""
+    queries = [e["without"] for path in setup.prompts.values() for e in _lines(path) if e.get("without")]
+    queries = list(dict.fromkeys(queries))
+    kept, tests = queries[0::2][:96], queries[1::2][:48]
+    place = work / "plain.jsonl"
+    place.write_text("".join(json.dumps({"prompt": query}) + "\n" for query in kept), encoding="utf-8")
+    return place, tests
+
+
+def scores_of(setup: Setup, seed: int, work: Path, retain: Path | None) -> Path:
+    """Scores of this seed's draw, taken if they are not there."""
+    place = work / f"scores-{seed}{'-retain' if retain else ''}"
+    if not place.exists():
+        score(
+            base=str(setup.models / "base"),
+            experts={name: str(setup.models / name) for name in setup.prompts},
+            capabilities={name: str(path) for name, path in setup.prompts.items()},
+            retain={RETAIN: str(retain)} if retain else None,
+            out=place,
+            settings=ScoreSettings(
+                readouts=("reference",),
+                prompts=setup.prompts_count,
+                held_out=setup.held_out,
+                reference_tokens=REPLY,
+                top=0,
+                sample=0,
+                estimators=("linear", "integrated"),
+                directions=("sufficiency", "necessity"),
+                seed=seed,
+            ),
+        )
+    return place
+
+
+def test_readings(family: Family, tests: Mapping[str, Sequence[str]], work: Path) -> dict[str, HeldOutReading]:
+    """The test prompts with the experts' (for the retain set the base's) own replies."""
+    store = work / "replies.json"
+    known = json.loads(store.read_text()) if store.exists() else {}
+    readings = {}
+    for name, texts in tests.items():
+        model = "" if name == RETAIN else name
+        if name not in known or len(known[name]) != len(texts):
+            known[name] = continuations(family, model, list(texts), tokens=REPLY)
+            store.write_text(json.dumps(known))
+        heads = [family.chat.prompt_tokens(text) for text in texts]
+        sequences = [[*head, *reply] for head, reply in zip(heads, known[name], strict=True)]
+        readout = LogProbReadout(
+            layer=family.layout.layers - 1, sequences=sequences, starts=[len(head) for head in heads]
+        )
+        expert = family.weights[name] if model else None
+        readings[name] = read_held_out(family.engine, family.weights[""], expert, readout, pack(sequences))
+    return readings
+
+
+def entry(name: str, seed: int, outcome: RuleOutcome, found: Standing, seconds: float) -> dict[str, Any]:
+    """One line of the result."""
+    kept = list(found.kept.values())
+    return {
+        "variant": name,
+        "seed": seed,
+        "test": dict(found.kept),
+        "mean": statistics.mean(kept),
+        "minimum": min(kept),
+        "utility": found.worth(1e9),
+        "lost": dict(found.lost),
+        "held_out": dict(outcome.standing.kept) if outcome.standing else None,
+        "held_out_lost": dict(outcome.standing.lost) if outcome.standing else None,
+        "evaluations": outcome.evaluations,
+        "chosen": outcome.record,
+        "seconds": round(seconds, 1),
+    }
+
+
+def run_seed(
+    setup: Setup, seed: int, work: Path, wanted: Mapping[str, Variant], *, retain: bool
+) -> list[dict[str, Any]]:
+    """Every variant on one draw; a line each on stderr."""
+    questions = plain_questions(setup, work) if retain else None
+    scores = load_scores(scores_of(setup, seed, work, questions[0] if questions else None))
+    family = open_scored_family(scores, {}, device="cpu", resident=True, trust_remote_code=False)
+    tests = {**setup.tests, **({RETAIN: questions[1]} if questions else {})}
+    readings = test_readings(family, tests, work)
+    experts = {name: family.weights[name] for name in scores.experts}
+    entries = []
+    for name, (settings, change) in wanted.items():
+        began = time.monotonic()
+        outcome = coefficients_for(replace(settings, seed=seed), family, change(scores))
+        spent = time.monotonic() - began
+        many = {name: outcome.coefficients}
+        if name in ("refine unit", "joint unit"):
+            many[f"{name}, its coefficients shuffled"] = shuffled(family.layout, outcome.coefficients, seed=seed)
+        for label, coefficients in many.items():
+            merged = merged_source(family.engine, family.weights[""], experts, coefficients)
+            entries.append(entry(label, seed, outcome, assess(family.engine, merged, readings), spent))
+            last = entries[-1]
+            kept = " ".join(f"{value:.3f}" for value in last["test"].values())
+            lost = " ".join(f"{value:+.3f}" for value in last["lost"].values())
+            text = f"{seed} {label}: {kept} mean {last['mean']:.3f} min {last['minimum']:.3f} lost {lost} {spent:.0f} s"
+            print(text, file=sys.stderr, flush=True)
+    return entries
+
+
+def summary(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Per variant: mean and range over seeds, and the difference to ``scaled`` of the same seed."""
+    seeds = {(e["variant"], e["seed"]): e for e in entries}
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(e["variant"] for e in entries):
+        own = [e for e in entries if e["variant"] == name]
+        found[name] = {}
+        for field in ("mean", "minimum"):
+            values = [e[field] for e in own]
+            over = [e[field] - seeds["scaled", e["seed"]][field] for e in own if ("scaled", e["seed"]) in seeds]
+            found[name][field] = _spread(values)
+            found[name][f"{field} over scaled"] = _spread(over) if over else None
+        if own[0]["lost"]:
+            found[name]["lost"] = _spread([value for e in own for value in e["lost"].values()])
+    return found
+
+
+def _spread(values: Sequence[float]) -> list[float]:
+    return [round(each, 4) for each in (statistics.mean(values), min(values), max(values))]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=("demo", "smollm2"), default="demo")
+    parser.add_argument("--smollm2", type=Path, default=ROOT / ".family")
+    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared" / "family")
+    parser.add_argument("--work", type=Path, required=True, help="scores and replies are kept here")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", default=None, metavar="NAME", help="variants; scaled always is one")
+    parser.add_argument("--retain", action="store_true")
+    parser.add_argument("--out", type=Path, default=None)
+    given = parser.parse_args()
+    setup = demo() if given.family == "demo" else smollm2(given.smollm2, given.shared)
+    wanted = {name: each for name, each in variants().items() if not given.only or name in ("scaled", *given.only)}
+    work = given.work / given.family
+    work.mkdir(parents=True, exist_ok=True)
+    entries: list[dict[str, Any]] = []
+    for seed in given.seeds:
+        entries += run_seed(setup, seed, work, wanted, retain=given.retain)
+    result = {
+        "question": __doc__.splitlines()[0],
+        "family": given.family,
+        "summary": summary(entries),
+        "conditions": conditions(threads=torch.get_num_threads(), prompts=setup.prompts_count, held_out=setup.held_out),
+    }
+    if given.out is not None:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(json.dumps({**result, "entries": entries}, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

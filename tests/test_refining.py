@@ -1,0 +1,175 @@
+"""Rule refine: its gradient against finite differences, and that its steps are worth taking, on the demo family."""
+
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+from test_calibration import SEQUENCES, STARTS, family
+from tiny import CONFIGS
+
+from wpmerge.calibration import HeldOutReading, assess, read_held_out
+from wpmerge.coefficients import make_grouping
+from wpmerge.demo import family_path
+from wpmerge.engine import Engine
+from wpmerge.levels import RefineSettings
+from wpmerge.models import Family, open_family
+from wpmerge.readouts import LogProbReadout, measure
+from wpmerge.refining import Merging, _Draw, refine
+from wpmerge.rows import pack
+
+EXPERTS = ("letters", "marks", "frame")
+
+
+def merging(model_type: str, granularity: str) -> Merging:
+    engine, base, experts = family(model_type)
+    double = Engine(engine.layout, dtype=torch.float64)
+    for source in (base, *experts.values()):
+        source.tensors = {name: value.double() for name, value in source.tensors.items()}
+    return Merging(
+        engine=double,
+        base=base,
+        experts=experts,
+        grouping=make_grouping(engine.layout, granularity),  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("granularity", ["unit", "tensor", "block", "expert"])
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt2"])
+def test_slopes_are_finite_differences(model_type: str, granularity: str) -> None:
+    assert model_type in CONFIGS
+    case = merging(model_type, granularity)
+    readout, rows = LogProbReadout(layer=2, sequences=SEQUENCES, starts=STARTS), pack(SEQUENCES)
+    generator = torch.Generator().manual_seed(0)
+    point = torch.rand(2, len(case.grouping.names), generator=generator, dtype=torch.float64)
+    slopes = case.slopes(case.source(point), rows, readout)
+    chosen = random.Random(1).sample(range(point.numel()), min(6, point.numel()))
+    for flat in chosen:
+        place = divmod(flat, point.shape[1])
+        if case.grouping.names[place[1]].startswith("transformer.ln_f"):
+            continue  # weight and bias are one unit, and two tensors
+        values = []
+        for change in (1e-3, -1e-3):
+            moved = point.clone()
+            moved[place] += change
+            values.append(float(measure(case.engine, case.source(moved), rows, readout).double().mean()))
+        difference = (values[0] - values[1]) / 2e-3
+        assert float(slopes[place]) == pytest.approx(difference, rel=0.02, abs=2e-5), case.grouping.names[place[1]]
+
+
+def test_norms_are_those_of_the_task_vectors() -> None:
+    for granularity in ("unit", "tensor", "expert"):
+        case = merging("llama", granularity)
+        total = case.norms().sum(dim=1)
+        for number, expert in enumerate(case.experts.values()):
+            names = case.layout.tensors
+            squares = sum(float((expert.tensors[n] - case.base.tensors[n]).square().sum()) for n in names)  # type: ignore[attr-defined]
+            assert float(total[number]) == pytest.approx(squares, rel=1e-9)
+
+
+def test_every_prompt_is_drawn_once_before_any_comes_again() -> None:
+    draw = _Draw(count=7, chance=random.Random(0))
+    taken = [draw.take(3) for _ in range(7)]
+    assert all(len(set(batch)) == 3 for batch in taken)
+    assert sorted(each for batch in taken for each in batch) == sorted(list(range(7)) * 3)
+    assert sorted(_Draw(count=2, chance=random.Random(0)).take(5)) == [0, 1]
+
+
+@pytest.fixture(scope="module")
+def demo() -> Family:
+    path = family_path()
+    return open_family(str(path / "base"), {name: str(path / name) for name in EXPERTS})
+
+
+def readings(demo: Family, first: int, count: int) -> dict[str, HeldOutReading]:
+    found = {}
+    for name in EXPERTS:
+        lines = (family_path() / "prompts" / f"{name}.jsonl").read_text().splitlines()[first : first + count]
+        entries = [json.loads(line) for line in lines]
+        heads = [demo.chat.prompt_tokens(entry["prompt"]) for entry in entries]
+        replies = [demo.chat.reply_tokens(entry["reference"], limit=24) for entry in entries]
+        sequences = [head + reply for head, reply in zip(heads, replies, strict=True)]
+        readout = LogProbReadout(
+            layer=demo.layout.layers - 1, sequences=sequences, starts=[len(head) for head in heads]
+        )
+        found[name] = read_held_out(demo.engine, demo.weights[""], demo.weights[name], readout, pack(sequences))
+    return found
+
+
+def of_demo(demo: Family, granularity: str = "unit") -> Merging:
+    return Merging(
+        engine=demo.engine,
+        base=demo.weights[""],
+        experts={name: demo.weights[name] for name in EXPERTS},
+        grouping=make_grouping(demo.layout, granularity),  # type: ignore[arg-type]
+    )
+
+
+def test_steps_improve_what_no_step_saw(demo: Family) -> None:
+    """From one scale for all: the held-out utility rises, the rarer skill the most, and coefficients keep to bounds."""
+    case = of_demo(demo)
+    start = torch.full((3, len(case.grouping.names)), 0.6, dtype=torch.float64)
+    settings = RefineSettings(steps=3, batch=6, check=3)
+    prompts, held_out = readings(demo, 0, 12), readings(demo, 60, 6)
+    found = refine(case, start, prompts, held_out, settings)
+    first, best = found.checks[0], found.checks[found.best]
+    assert best.worth > first.worth + 0.1
+    assert min(found.standing.kept.values()) > min(first.standing.kept.values())
+    assert float(found.coefficients.min()) >= 0.0 and float(found.coefficients.max()) <= 1.5
+    fresh = readings(demo, 80, 6)
+    before, after = (assess(case.engine, case.source(each), fresh).worth() for each in (start, found.coefficients))
+    assert after > before
+    assert assess(case.engine, case.source(found.coefficients), held_out).worth() == pytest.approx(best.worth, abs=1e-6)
+    again = refine(case, start, prompts, held_out, settings)
+    assert torch.equal(again.coefficients, found.coefficients)
+
+
+def test_what_does_not_help_is_not_returned(demo: Family) -> None:
+    """Held-out references that the base prefers: every step towards the experts makes them worse."""
+    case = of_demo(demo, "expert")
+    start = torch.full((3, 1), 0.2, dtype=torch.float64)
+    prompts, held_out = readings(demo, 0, 8), {}
+    for name, reading in readings(demo, 60, 4).items():
+        swapped = {"base_items": reading.expert_items, "expert_items": reading.base_items}
+        held_out[name] = dataclasses.replace(reading, **swapped)
+    found = refine(case, start, prompts, held_out, RefineSettings(steps=3, batch=4, check=1, rate=0.3))
+    assert len(found.checks) >= 4
+    assert found.best == 0
+    assert torch.equal(found.coefficients, start)
+    assert found.standing == found.checks[0].standing
+
+
+def test_a_retain_set_holds_the_merge_back(demo: Family) -> None:
+    """Plain questions whose replies by the base the merge has half forgotten: the steps bring them back."""
+    case = of_demo(demo, "block")
+    start = torch.full((3, len(case.grouping.names)), 0.6, dtype=torch.float64)
+    plain = {"plain": _base_replies(demo, 8, 8)}
+    skills = readings(demo, 0, 6)
+    found = refine(case, start, skills | plain, skills | plain, RefineSettings(steps=4, batch=8, check=1))
+    first, best = found.checks[0].standing, found.standing
+    assert first.lost["plain"] > 1.5 * 0.02
+    assert best.lost["plain"] < 0.8 * first.lost["plain"]
+    assert min(best.kept.values()) > 0.5
+
+
+def _base_replies(demo: Family, first: int, count: int) -> HeldOutReading:
+    """The skills' prompts without their instruction, answered by the base."""
+    from wpmerge.models import continuations
+
+    lines = (family_path() / "prompts" / "letters.jsonl").read_text().splitlines()[first : first + count]
+    texts = [json.loads(line)["without"] for line in lines]
+    heads = [demo.chat.prompt_tokens(text) for text in texts]
+    replies = continuations(demo, "", texts, tokens=16)
+    sequences = [head + reply for head, reply in zip(heads, replies, strict=True)]
+    readout = LogProbReadout(layer=demo.layout.layers - 1, sequences=sequences, starts=[len(head) for head in heads])
+    return read_held_out(demo.engine, demo.weights[""], None, readout, pack(sequences))
+
+
+def test_no_steps_give_the_start(demo: Family) -> None:
+    case = of_demo(demo, "tensor")
+    start = torch.rand(3, len(case.grouping.names), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    few = readings(demo, 0, 4)
+    found = refine(case, start, few, few, RefineSettings(steps=0))
+    assert torch.equal(found.coefficients, start)
+    assert len(found.checks) == 1

@@ -1,0 +1,342 @@
+"""Coefficients by steps on what the merge itself does: rule ``refine``.
+
+At the merge of the moment, one forward and one backward run per capability give ∂R_f/∂λ for every expert and every
+group of parameters at once. A step follows the gradient of the utility Σ_f log(ε + min(1, R̂_f)) on a batch of
+prompts; prompts that no step sees decide where to stop (docs/method.md, "From scores to a merge").
+
+Shape suffixes: E experts, G groups, U patched copies of the model, N read positions, D residual width.
+"""
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from wpmerge.arch import KINDS, MODEL_KINDS, Kind, Layout
+from wpmerge.attribution import UnitArrays
+from wpmerge.calibration import EPSILON, PENALTY, HeldOutReading, Standing, assess, merged_source
+from wpmerge.coefficients import Grouping, group_scores, squared_norms, tensor_coefficients
+from wpmerge.engine import Engine
+from wpmerge.gradients import directional
+from wpmerge.levels import Levels, Parts, RefineSettings, direction, make_levels, no_parts, together
+from wpmerge.plan import Coefficient
+from wpmerge.readouts import LogProbReadout, Readout, measure
+from wpmerge.rows import Row, pack
+from wpmerge.weights import Weights, WeightSource
+
+TOKENS_PER_ROW = 384
+MARGIN = 0.5
+"""Share of the tolerance that a retain set may have lost on a batch before it pulls: other prompts may lose more."""
+LEAST_KEPT = 0.05
+"""Retention below which a lost skill pulls no harder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """A look at the held-out prompts."""
+
+    step: int
+    averaged: bool
+    standing: Standing
+    worth: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Refined:
+    """Where ``refine`` stopped.
+
+    Attributes:
+        coefficients: λ.
+        parts: what was added to the start; λ is their sum, clipped to [0, λ_max].
+        standing: of the merge on the held-out prompts.
+        checks: every look at them; the first is the start's, and the best one's coefficients are returned.
+        best: number of the best of ``checks``.
+    """
+
+    coefficients: Float[Tensor, "E G"]
+    parts: Parts
+    standing: Standing
+    checks: tuple[Check, ...]
+    best: int
+
+
+class _Kept:
+    """A readout that keeps what it read: the gradient's run is then the measurement too."""
+
+    def __init__(self, inner: LogProbReadout) -> None:
+        self.inner = inner
+        self.values = torch.zeros(inner.items, dtype=torch.float64)
+
+    @property
+    def layer(self) -> int:
+        return self.inner.layer
+
+    @property
+    def items(self) -> int:
+        return self.inner.items
+
+    @property
+    def reads_output(self) -> bool:
+        return self.inner.reads_output
+
+    def places(self, row: Row) -> Int[Tensor, " N"]:
+        return self.inner.places(row)
+
+    def read(
+        self, engine: Engine, outer: Weights, hidden: Float[Tensor, "U N D"], row: Row
+    ) -> Float[Tensor, "U items"]:
+        found = self.inner.read(engine, outer, hidden, row)
+        self.values += found[0].detach().double().cpu()
+        return found
+
+
+@dataclass(slots=True, kw_only=True)
+class _Draw:
+    """Batches of prompts: every prompt once before any comes again."""
+
+    count: int
+    chance: random.Random
+    left: list[int] = field(default_factory=list)
+
+    def take(self, size: int) -> list[int]:
+        taken: list[int] = []
+        while len(taken) < min(size, self.count):
+            if not set(self.left) - set(taken):
+                again = list(range(self.count))
+                self.chance.shuffle(again)
+                self.left = [*again, *self.left]  # what is left comes first: the end is drawn from
+            place = max(i for i, item in enumerate(self.left) if item not in taken)
+            taken.append(self.left.pop(place))
+        return taken
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Once:
+    """Weights that are mixed once and then held, where a model's weights fit into memory anyway."""
+
+    source: WeightSource
+    held: dict[int, Weights] = field(default_factory=dict)
+
+    def layer(self, index: int) -> Weights:
+        """The weights of one decoder layer, names relative to it."""
+        if index not in self.held:
+            self.held[index] = self.source.layer(index)
+        return self.held[index]
+
+    def outer(self, names: Sequence[str] | None = None) -> Weights:
+        """The weights outside the layers, canonical names."""
+        if -1 not in self.held:
+            self.held[-1] = self.source.outer()
+        return self.held[-1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Merging:
+    """What is merged: models, and which parameters share a coefficient.
+
+    Attributes:
+        engine: runs the layers.
+        base: the base's weights.
+        experts: by name.
+        grouping: what shares a coefficient.
+        resident: hold a merge's weights while it is run several times; otherwise one layer of them.
+    """
+
+    engine: Engine
+    base: WeightSource
+    experts: Mapping[str, WeightSource]
+    grouping: Grouping
+    resident: bool = True
+
+    @property
+    def layout(self) -> Layout:
+        """The units."""
+        return self.engine.layout
+
+    def per_tensor(self, values: Float[Tensor, "E G"]) -> dict[str, dict[str, Coefficient]]:
+        """Expert → tensor → coefficient."""
+        return {
+            name: tensor_coefficients(self.layout, self.grouping, values[number])
+            for number, name in enumerate(self.experts)
+        }
+
+    def source(self, values: Float[Tensor, "E G"]) -> WeightSource:
+        """The merge: held once it is made, or made wherever it is asked for."""
+        merged = merged_source(self.engine, self.base, self.experts, self.per_tensor(values))
+        return _Once(source=merged) if self.resident else merged
+
+    def norms(self) -> Float[Tensor, "E G"]:
+        """‖Δ_e[g]‖²."""
+        found = [squared_norms(self.layout, self.grouping, self.base, expert) for expert in self.experts.values()]
+        return torch.stack(found)
+
+    def slopes(self, merged: WeightSource, rows: Sequence[Row], readout: Readout) -> Float[Tensor, "E G"]:
+        """∂F/∂λ at a merge, from one forward and one backward run."""
+        kinds: tuple[Kind, ...] = KINDS if self.grouping.granularity == "unit" else ("tensor", *MODEL_KINDS)
+        found = directional(self.engine, merged, self.base, list(self.experts.values()), rows, readout, kinds=kinds)
+        return torch.stack([self._grouped(arrays) for arrays in found])
+
+    def _grouped(self, arrays: UnitArrays) -> Float[Tensor, " G"]:
+        if self.grouping.granularity == "unit":
+            return torch.nan_to_num(group_scores(self.layout, self.grouping, arrays))
+        total = torch.zeros(len(self.grouping.names), dtype=torch.float64)
+        for index in range(self.layout.layers):
+            for number, tensor in enumerate(self.layout.layer_tensors(index)):
+                total[self.grouping.of_tensor[tensor]] += arrays["tensor"][index, number]
+        seen: set[Kind] = set()
+        for tensor in self.layout.outer_tensors():
+            kind = self.layout.tensors[tensor].segments[0].kind
+            if kind not in seen:  # a final norm's weight and bias are one unit: it counts where its weight does
+                total[self.grouping.of_tensor[tensor]] += arrays[kind].sum()
+            seen.add(kind)
+        return total
+
+
+def refine(
+    merging: Merging,
+    start: Float[Tensor, "E G"],
+    prompts: Mapping[str, HeldOutReading],
+    held_out: Mapping[str, HeldOutReading],
+    settings: RefineSettings,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Refined:
+    """Step from ``start`` along the measured utility's gradient; return the best that the held-out prompts have seen.
+
+    Args:
+        merging: what is merged.
+        start: λ before the first step.
+        prompts: per capability and retain set what steps are taken on: log-probabilities of references.
+        held_out: what decides where to stop; no step sees it.
+        settings: see :class:`RefineSettings`.
+        progress: called with the steps done and in all.
+
+    Returns:
+        Never worse than the start on the held-out prompts.
+    """
+    levels = make_levels(settings, merging.layout, merging.grouping, merging.norms(), start)
+    draws = {
+        name: _Draw(count=reading.readout.items, chance=random.Random(f"{settings.seed}/{name}"))
+        for name, reading in prompts.items()
+    }
+    walk = _Walk(merging, levels, held_out, settings)
+    walk.look(no_parts(levels), 0)
+    for step in range(settings.steps):
+        if progress is not None:
+            progress(step, settings.steps)
+        merged = merging.source(together(levels, walk.parts))
+        gradient = torch.zeros_like(levels.start)
+        for name, reading in prompts.items():
+            gradient += _pull(merging, merged, reading, draws[name].take(settings.batch), settings)
+        walk.step(gradient, step)
+    if progress is not None:
+        progress(settings.steps, settings.steps)
+    return walk.result()
+
+
+def _pull(
+    merging: Merging, merged: WeightSource, reading: HeldOutReading, items: Sequence[int], settings: RefineSettings
+) -> Float[Tensor, "E G"]:
+    """One capability's part of ∂U on a batch."""
+    if reading.expert_items is None:
+        return _hold_back(merging, merged, reading, items, settings)
+    kept = _Kept(_some(reading, items))
+    slopes = merging.slopes(merged, _packed(kept.inner), kept)
+    change = float((kept.values - reading.base_items[list(items)]).mean())
+    gap = float((reading.expert_items - reading.base_items)[list(items)].mean())
+    share = change / gap if gap > 0 else 1.0
+    if share >= 1.0:
+        return torch.zeros_like(slopes)
+    return slopes / (gap * (EPSILON + max(LEAST_KEPT, share)))
+
+
+def _hold_back(
+    merging: Merging, merged: WeightSource, reading: HeldOutReading, items: Sequence[int], settings: RefineSettings
+) -> Float[Tensor, "E G"]:
+    """A retain set's part of ∂U: the harder, the more of the tolerance its prompts have lost.
+
+    What some prompts lose and others win does not cancel here: losses are few and large, and which prompts win says
+    nothing about others. So only those that lost pull, and only what they lost counts.
+    """
+    batch = _some(reading, items)
+    change = measure(merging.engine, merged, _packed(batch), batch).double().cpu() - reading.base_items[list(items)]
+    losing = [item for item, each in zip(items, change.tolist(), strict=True) if each < 0.0]
+    lost = float(-change.clamp_max(0.0).mean()) / settings.tolerance
+    pull = PENALTY * max(0.0, lost - MARGIN) / settings.tolerance
+    if not losing or pull == 0.0:
+        return torch.zeros(len(merging.experts), len(merging.grouping.names), dtype=torch.float64)
+    part = _some(reading, losing)
+    return merging.slopes(merged, _packed(part), part) * (pull * len(losing) / len(items))
+
+
+def _some(reading: HeldOutReading, items: Sequence[int]) -> LogProbReadout:
+    readout = reading.readout
+    assert isinstance(readout, LogProbReadout), "steps are taken on log-probabilities of references"
+    return LogProbReadout(
+        layer=readout.layer,
+        sequences=[readout.sequences[i] for i in items],
+        starts=[readout.starts[i] for i in items],
+    )
+
+
+def _packed(readout: LogProbReadout) -> list[Row]:
+    return pack(readout.sequences, tokens_per_row=TOKENS_PER_ROW)
+
+
+class _Walk:
+    """The state of the steps: where they are, which way they go, and the best that was seen."""
+
+    def __init__(
+        self, merging: Merging, levels: Levels, held_out: Mapping[str, HeldOutReading], settings: RefineSettings
+    ) -> None:
+        self._merging, self._levels, self._held_out, self._settings = merging, levels, held_out, settings
+        self.parts = no_parts(levels)
+        self._way = no_parts(levels)
+        self._sum, self._summed = no_parts(levels), 0
+        self._rate = settings.rate
+        self._checks: list[Check] = []
+        self._best = (-math.inf, self.parts)
+        self._best_check = 0
+
+    def look(self, parts: Parts, step: int, *, averaged: bool = False) -> float:
+        """Judge by the held-out prompts, and remember the best; the earlier of equals."""
+        merged = self._merging.source(together(self._levels, parts))
+        standing = assess(self._merging.engine, merged, self._held_out)
+        worth = standing.worth(self._settings.tolerance)
+        self._checks.append(Check(step=step, averaged=averaged, standing=standing, worth=worth))
+        if worth > self._best[0]:
+            self._best, self._best_check = (worth, parts), len(self._checks) - 1
+        return worth
+
+    def step(self, gradient: Float[Tensor, "E G"], number: int) -> None:
+        """Move, and look at the held-out prompts when it is time; from where they got worse, go back and go slower."""
+        settings = self._settings
+        aim, _ = direction(self._levels, gradient, together(self._levels, self.parts))
+        fresh = 1.0 - settings.momentum
+        self._way = no_parts(self._levels).plus(self._way, settings.momentum).plus(aim, fresh)
+        rate = self._rate * (1.0 - number / settings.steps)
+        self.parts = no_parts(self._levels).plus(self.parts, 1.0 - settings.ridge * rate).plus(self._way, rate)
+        if number >= settings.steps // 2:
+            self._sum, self._summed = self._sum.plus(self.parts, 1.0), self._summed + 1
+        last = number + 1 == settings.steps
+        if last or (number + 1) % settings.check == 0:
+            before = self._best[0]
+            if self.look(self.parts, number + 1) < before and not last:
+                self.parts, self._way, self._rate = self._best[1], no_parts(self._levels), self._rate / 2
+        if last and self._summed > 1:
+            self.look(no_parts(self._levels).plus(self._sum, 1.0 / self._summed), number + 1, averaged=True)
+
+    def result(self) -> Refined:
+        """The best that was seen."""
+        parts = self._best[1]
+        return Refined(
+            coefficients=together(self._levels, parts),
+            parts=parts,
+            standing=self._checks[self._best_check].standing,
+            checks=tuple(self._checks),
+            best=self._best_check,
+        )
