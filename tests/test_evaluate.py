@@ -1,19 +1,24 @@
 """Real lm-eval runs of tiny models whose answers are known: scores, resuming, running out of memory, refusals."""
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from talkers import FOUR, MURMUR, PLAIN, SHOUT, save_talker, talker, talker_tokenizer
 from transformers import LlamaForCausalLM
 
 from wpmerge.errors import EvaluationError, OutputError, WpmergeError
 from wpmerge.evaluate import evaluate, file_name
 from wpmerge.evaluation import Evaluation, Skill, load_evaluation
-from wpmerge.harness import HarnessSettings
+from wpmerge.harness import HarnessSettings, model_identity
+from wpmerge.statistics import mean_score
+from wpmerge.tasks import TaskSuite, load_tasks
 
 SETTINGS = HarnessSettings(max_gen_tokens=24, device="cpu", batch_size=2)
 STRICT = "ifeval/prompt_level_strict_acc"
@@ -219,6 +224,123 @@ def test_what_is_no_model_is_refused_before_any_work(tmp_path: Path, data: dict[
         run({"bad": broken}, out, data)
     with pytest.raises(EvaluationError, match=r"cannot be loaded(.|\n)*no_such_backend"):
         run({"m": "x"}, None, data, settings=HarnessSettings(backend="no_such_backend"))
+
+
+def changed(source: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """A copy of a checkpoint with other tensors."""
+    shutil.copytree(source, out)
+    tensors = load_file(out / "model.safetensors")
+    change(tensors)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def never() -> Any:
+    pytest.fail("a model was opened")
+
+
+def test_weights_that_are_not_the_models_are_refused_before_any_work(
+    tmp_path: Path, data: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = save_talker(tmp_path / "whole", PLAIN)
+    headless = changed(whole, tmp_path / "headless", lambda tensors: tensors.pop("lm_head.weight"))
+    short = changed(whole, tmp_path / "short", lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:-2].clone()}))
+    capfd.readouterr()
+    with pytest.raises(EvaluationError, match=r"lacks tensors(.|\n)*bad: .*headless(.|\n)*no lm_head.weight"):
+        run({"first": never, "bad": headless}, tmp_path / "out", data)
+    with pytest.raises(EvaluationError, match=r"another shape(.|\n)*bad: .*short(.|\n)*lm_head.weight \(27, 30\)"):
+        run({"first": never, "bad": short}, tmp_path / "out", data)
+    assert capfd.readouterr().err == ""
+    tied = json.loads((headless / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (headless / "config.json").write_text(json.dumps(tied))
+    run({"tied": headless}, None, data)  # the head is the embedding
+
+
+def test_what_a_loader_raises_is_said_clearly(tmp_path: Path, data: dict[str, Path]) -> None:
+    whole = save_talker(tmp_path / "whole", PLAIN)
+    odd = replace(SETTINGS, model_args={"nonsense": 1})
+    with pytest.raises(
+        EvaluationError, match=r"cannot be loaded(.|\n)*m: (.|\n)*TypeError.*nonsense(.|\n)*--model-arg"
+    ):
+        run({"m": whole}, None, data, settings=odd)
+
+    def raising(error: Exception) -> Callable[[], Any]:
+        def load() -> Any:
+            raise error
+
+        return load
+
+    with pytest.raises(EvaluationError, match=r"memory ran out while a model was loaded(.|\n)*m: loaded model"):
+        run({"m": raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))}, None, data)
+    with pytest.raises(EvaluationError, match=r"cannot be loaded(.|\n)*RuntimeError: size mismatch"):
+        run({"m": raising(RuntimeError("size mismatch"))}, None, data)
+
+
+def test_a_skill_of_no_evaluated_task_is_refused_before_any_work(data: dict[str, Path]) -> None:
+    for metric in ("ifevl/prompt_level_strict_acc", "prompt_level_strict_acc"):
+        with pytest.raises(EvaluationError, match=rf"no evaluated task(.|\n)*{metric}(.|\n)*ifeval"):
+            run({"m": never}, None, data, base="m", skills={"s": Skill(expert="m", metric=metric)})
+
+
+def test_one_run_at_a_time_and_only_its_own_records_are_removed(tmp_path: Path, data: dict[str, Path]) -> None:
+    out, work = tmp_path / "out", tmp_path / ".out.models"
+
+    def second() -> Any:
+        with pytest.raises(OutputError, match="another run is writing this output"):
+            run({"m": pair(PLAIN)}, out, data)
+        (work / "somebody-0.json").write_text("{}")
+        return pair(PLAIN)
+
+    run({"m": second}, out, data)
+    assert [each.name for each in work.iterdir()] == ["somebody-0.json"]
+    run({"m": pair(PLAIN)}, out, data, overwrite=True)  # nothing is locked any more
+
+
+def test_a_directory_is_told_by_its_files_whatever_the_backend(tmp_path: Path) -> None:
+    folder = save_talker(tmp_path / "m", PLAIN)
+    settings = HarnessSettings(backend="vllm", model_args={"lora": str(tmp_path / "beside")})
+    beside = tmp_path / "beside"
+    beside.mkdir()
+
+    def identity() -> dict[str, Any]:
+        return model_identity("m", str(folder), settings)[1]
+
+    first = identity()
+    assert identity() == first
+    (folder / "model.safetensors").write_bytes(b"other")
+    second = identity()
+    (beside / "adapter.safetensors").write_bytes(b"x")
+    assert first != second != identity()
+    assert model_identity("m", "owner/name", HarnessSettings(backend="vllm"))[1]["name"] == "owner/name"
+
+
+@pytest.mark.parametrize("by_size", [True, False])
+def test_a_groups_outcomes_give_lm_evals_own_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_size: bool
+) -> None:
+    from lm_eval.api.group import Group
+    from lm_eval.config.group import AggMetricConfig
+
+    answers = {"two_sums": (4, 12), "six_sums": (4, 4, 4, 12, 4, 4)}  # one of two, five of six
+    files = {name: tmp_path / f"{name}.jsonl" for name in answers}
+    for name, path in files.items():
+        path.write_text("".join(json.dumps({"prompt": "the number", "answer": n}) + "\n" for n in answers[name]))
+
+    def grouped(*_: Any, **options: Any) -> TaskSuite:
+        suite = load_tasks(list(files), task_data=files)
+        aggregated = [AggMetricConfig(metric="answer_acc", weight_by_size=by_size)]
+        group = Group("both", aggregate_metric_list=aggregated)
+        for task in suite.loaded:
+            group.add(task)
+        return replace(suite, names=("both",), loaded=(group,), groups={"both": group})
+
+    monkeypatch.setattr("wpmerge.evaluate.load_tasks", grouped)
+    found = run({"base": pair(PLAIN), "m": pair(FOUR)}, tmp_path / "out", {}, base="base")
+    score = found.models["m"].scores["both/answer_acc"].value
+    assert score == pytest.approx(6 / 8 if by_size else (1 / 2 + 5 / 6) / 2)
+    assert mean_score(found.outcomes("m", "both/answer_acc")) == pytest.approx(score)
+    assert found.differences()["m"]["both/answer_acc"].value == pytest.approx(score)
+    assert load_evaluation(tmp_path / "out") == found
 
 
 def test_refusals_of_names_and_lengths(data: dict[str, Path]) -> None:

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from wpmerge.errors import EvaluationError
-from wpmerge.evaluation import Evaluation, ModelResult, Score, Skill, load_evaluation, only_type, score_of, to_json
+from wpmerge.evaluation import (
+    Evaluation,
+    GroupMetric,
+    ModelResult,
+    Score,
+    Skill,
+    load_evaluation,
+    only_type,
+    score_of,
+    to_json,
+)
 
 INSTRUCTIONS = [["a"], ["b"], ["a", "b"], ["b"]]
 
@@ -84,16 +94,84 @@ def test_flags(evaluation: Evaluation) -> None:
     assert evaluation.flags() == []
     silent = result([0], [0], [0, 0], [0], template=None, truncated=2)
     flags = replace(evaluation, models={**evaluation.models, "broken": silent}).flags()
-    zero = [flag for flag in flags if "is 0 where base and expert are above 0" in flag]
-    # type a is 0 in the base too, so it is not flagged
-    assert {flag.split(": ")[1].split(" is 0")[0] for flag in zero} == {"t/inst_level_strict_acc", "t/prompt"}
-    assert all(flag.startswith("broken: ") for flag in zero)
+    # one line for the task; its single instruction types are not named
+    assert [flag for flag in flags if " is 0 " in flag] == [
+        "broken: t is 0 (inst_level_strict_acc, prompt) where other models, the base too, are above 0; "
+        "check chat template and parser"
+    ]
     assert any("2 prompts were cut" in flag for flag in flags)
     assert any("different chat templates" in flag for flag in flags)
     halved = {**evaluation.models, "base": replace(evaluation.models["base"], batch_size=4)}
     assert [flag[:43] for flag in replace(evaluation, models=halved).flags()] == [
         "the models were run at different batch size"
     ]
+
+
+def test_a_zero_is_doubtful_without_skills_and_for_experts_too(evaluation: Evaluation) -> None:
+    plain = replace(evaluation, skills={})
+    silent = result([0], [0], [0, 0], [0])
+
+    def zeros(found: Evaluation) -> list[str]:
+        return [flag.partition(":")[0] for flag in found.flags() if " is 0 " in flag]
+
+    assert zeros(replace(plain, models={**plain.models, "expert": silent})) == ["expert"]
+    assert zeros(replace(plain, models={**plain.models, "base": silent})) == []  # what a base cannot do yet
+    assert zeros(replace(plain, models={**plain.models, "expert": silent}, base=None, reference=None)) == ["expert"]
+    # two models alone say nothing: the task may be beyond the second
+    assert zeros(replace(plain, models={"base": plain.models["base"], "merge": silent})) == []
+
+
+def accuracy(*tasks: list[int]) -> ModelResult:
+    rows = {f"t{number}/acc": [[each] for each in task] for number, task in enumerate(tasks)}
+    scores = {name: score_of(row) for name, row in rows.items()}
+    mean = sum(score.value for score in scores.values()) / len(scores)
+    scores["group/acc"] = Score(value=mean, stderr=math.nan, n=sum(map(len, tasks)))
+    return replace(result([0], [0], [0, 0], [0]), scores=scores, credits=rows)
+
+
+@pytest.fixture
+def grouped() -> Evaluation:
+    return Evaluation(
+        models={
+            "base": accuracy([0, 0], [1, 0, 0, 0, 0, 0]),
+            "expert": accuracy([1, 1], [1, 1, 1, 0, 0, 0]),
+            "merge": accuracy([1, 0], [1, 1, 0, 0, 0, 0]),
+        },
+        documents={"t0": ["a", "b"], "t1": list("cdefgh")},
+        instructions={},
+        reference="base",
+        base="base",
+        skills={"g": Skill(expert="expert", metric="group/acc")},
+        groups={"group/acc": GroupMetric(members=["t0/acc", "t1/acc"], by_size=False)},
+    )
+
+
+def test_groups_have_differences_and_retention(grouped: Evaluation, tmp_path: Path) -> None:
+    (base, expert, merge) = (1 / 6 / 2, (1 + 1 / 2) / 2, (1 / 2 + 1 / 3) / 2)
+    found = grouped.differences()["merge"]
+    assert set(found) == {"t0/acc", "t1/acc", "group/acc"}
+    assert found["group/acc"].value == pytest.approx(merge - base)
+    assert found["group/acc"].low < found["group/acc"].value < found["group/acc"].high
+    assert grouped.retention()["merge"].skills["g"].value == pytest.approx((merge - base) / (expert - base))
+    sized = replace(grouped, groups={"group/acc": GroupMetric(members=["t0/acc", "t1/acc"], by_size=True)})
+    assert sized.differences()["merge"]["group/acc"].value == pytest.approx(3 / 8 - 1 / 8)
+    (tmp_path / "evaluation.json").write_text(to_json(grouped))
+    assert load_evaluation(tmp_path) == grouped
+
+
+def test_a_group_that_is_0_is_said_once(grouped: Evaluation) -> None:
+    above = accuracy([1, 0], [1, 0, 0, 0, 0, 0])
+    silent = {**grouped.models, "base": above, "merge": accuracy([0, 0], [0] * 6)}
+    assert [flag.partition(" where")[0] for flag in replace(grouped, models=silent).flags()] == [
+        "merge: group is 0 (acc)"
+    ]
+
+
+def test_only_metrics_with_outcomes_are_offered(grouped: Evaluation) -> None:
+    lacking = replace(grouped, groups={})
+    with pytest.raises(EvaluationError) as caught:
+        lacking.outcomes("merge", "group/acc")
+    assert caught.value.expected == "t0/acc, t1/acc"
 
 
 def test_round_trip(evaluation: Evaluation, tmp_path: Path) -> None:

@@ -96,6 +96,22 @@ def test_an_adapter_is_applied_to_its_base(tmp_path: Path) -> None:
     assert not torch.equal(model.state_dict()[UP], plain.state_dict()[UP])
 
 
+def test_an_adapter_on_a_base_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file, save_file
+
+    made = write_family(tmp_path, ())
+    base = AutoModelForCausalLM.from_pretrained(made["base"], dtype=torch.float32)
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    weights = made["base"] / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors[UP]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    models = {"b": str(made["base"]), "x": str(tmp_path / "adapter")}
+    with pytest.raises(EvaluationError, match=rf"lacks tensors(.|\n)*no {UP}"):
+        loaded("x", models, {}, base="b")
+
+
 UP = "model.layers.0.mlp.up_proj.weight"
 
 

@@ -8,11 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wpmerge.statistics import (
+    Interval,
     Outcomes,
     SkillOutcomes,
     bootstrap_scores,
     mean_score,
-    paired_difference,
+    percentile_interval,
+    pooled,
+    retained_fraction,
     retention,
     standard_error,
 )
@@ -23,6 +26,11 @@ def of(successes: list[float], trials: list[float] | None = None) -> Outcomes:
         successes=np.array(successes, dtype=float),
         trials=np.ones(len(successes)) if trials is None else np.array(trials, dtype=float),
     )
+
+
+def difference(model: Outcomes, reference: Outcomes, **options: int) -> Interval:
+    scores = bootstrap_scores([model, reference], **options)
+    return percentile_interval(mean_score(model) - mean_score(reference), scores[0] - scores[1])
 
 
 def test_score_and_standard_error_of_an_accuracy() -> None:
@@ -70,7 +78,7 @@ def test_pairing_removes_what_documents_share() -> None:
     # the model follows every prompt that the reference follows, and one in twenty more
     reference = of([1, 0] * 100)
     model = of([1, 0] * 90 + [1, 1] * 10)
-    paired = paired_difference(model, reference)
+    paired = difference(model, reference)
     assert paired.value == pytest.approx(0.05)
     assert 0 < paired.low < 0.05 < paired.high
     # s of the difference is √(0.05·0.95) over √200; unpaired it would be 3.2 times as wide
@@ -79,7 +87,7 @@ def test_pairing_removes_what_documents_share() -> None:
 
 def test_a_model_differs_from_itself_by_exactly_nothing() -> None:
     outcomes = of([1, 0, 1, 1])
-    interval = paired_difference(outcomes, outcomes)
+    interval = difference(outcomes, outcomes)
     assert (interval.value, interval.low, interval.high) == (0.0, 0.0, 0.0)
 
 
@@ -87,12 +95,43 @@ def test_the_seed_decides_the_draws() -> None:
     model, reference = of([1, 0, 1, 1, 0, 1]), of([0, 0, 1, 0, 0, 1])
     assert np.array_equal(bootstrap_scores([model], seed=5), bootstrap_scores([model], seed=5))
     assert not np.array_equal(bootstrap_scores([model], seed=5), bootstrap_scores([model], seed=6))
-    assert paired_difference(model, reference, seed=5) == paired_difference(model, reference, seed=5)
+    assert difference(model, reference, seed=5) == difference(model, reference, seed=5)
 
 
 def test_paired_outcomes_of_different_documents_are_refused() -> None:
     with pytest.raises(ValueError, match="same documents"):
-        paired_difference(of([1, 0]), of([1, 0, 1]))
+        difference(of([1, 0]), of([1, 0, 1]))
+
+
+def test_a_pooled_score_is_the_mean_of_the_sets() -> None:
+    small, large = of([1, 0]), of([1, 1, 1, 0, 1, 1])  # 1/2 and 5/6
+    assert mean_score(pooled([small, large], by_size=True)) == pytest.approx(6 / 8)
+    assert mean_score(pooled([small, large], by_size=False)) == pytest.approx((1 / 2 + 5 / 6) / 2)
+    several = of([2, 0, 1], [2, 1, 3])  # 3 of 6 in three documents
+    assert mean_score(pooled([several, large], by_size=True)) == pytest.approx((3 * 0.5 + 6 * 5 / 6) / 9)
+    assert pooled([small, pooled([large, several], by_size=True)], by_size=True).strata == (2, 6, 3)
+    assert math.isnan(mean_score(pooled([small, of([0.0], [0.0])], by_size=True)))
+
+
+def test_pooled_sets_are_resampled_each_by_itself() -> None:
+    # each set is all right or all wrong: nothing varies within one, so nothing varies
+    sets = [of([1.0] * 4), of([0.0] * 12)]
+    assert np.allclose(bootstrap_scores([pooled(sets, by_size=True)])[0], 4 / 16)
+    assert np.allclose(bootstrap_scores([pooled(sets, by_size=False)])[0], 1 / 2)
+    # independent means: Var = (Σ se²) / k²
+    generator = np.random.default_rng(0)
+    parts = [of(list((generator.random(n) < 0.5).astype(float))) for n in (50, 400)]
+    spread = bootstrap_scores([pooled(parts, by_size=False)], resamples=20_000)[0].std()
+    assert spread == pytest.approx(math.hypot(*map(standard_error, parts)) / 2, rel=0.03)
+    with pytest.raises(ValueError, match="same documents"):
+        bootstrap_scores([pooled([of([1]), of([1, 0])], by_size=True), of([1, 1, 0])])
+
+
+def test_the_retained_fraction_of_several_merges() -> None:
+    base, expert = np.array([0.2, 0.5]), np.array([1.0, 0.5])
+    found = retained_fraction(base, expert, np.array([[0.6, 1.0], [0.2, 0.0]]))
+    assert found[:, 0] == pytest.approx([0.5, 0.0])
+    assert np.isnan(found[:, 1]).all()
 
 
 def skill(documents: str, base: list[float], expert: list[float], merged: list[float]) -> SkillOutcomes:
@@ -148,8 +187,8 @@ def test_a_gap_within_noise_has_no_interval() -> None:
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=40), st.integers(0, 2**31))
 def test_intervals_lie_within_the_range_of_a_difference(pairs: list[tuple[bool, bool]], seed: int) -> None:
     model, reference = of([float(a) for a, _ in pairs]), of([float(b) for _, b in pairs])
-    interval = paired_difference(model, reference, resamples=200, seed=seed)
-    swapped = paired_difference(reference, model, resamples=200, seed=seed)
+    interval = difference(model, reference, resamples=200, seed=seed)
+    swapped = difference(reference, model, resamples=200, seed=seed)
     assert -1 <= interval.low <= interval.high <= 1
     assert swapped.value == -interval.value
     assert swapped.low == pytest.approx(-interval.high)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import re
-import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from wpmerge.errors import EvaluationError, OutputError
 from wpmerge.evaluation import (
     FILE,
     Evaluation,
+    GroupMetric,
     ModelResult,
     Score,
     Skill,
@@ -29,10 +32,20 @@ from wpmerge.evaluation import (
     score_of,
     to_json,
 )
-from wpmerge.harness import HarnessSettings, Model, ModelRun, Progress, model_identity, open_source, run_model
+from wpmerge.harness import (
+    HarnessSettings,
+    Model,
+    ModelRun,
+    Progress,
+    check_weights,
+    model_identity,
+    open_source,
+    run_model,
+)
 from wpmerge.output import check_output, output_directory, write_file
 from wpmerge.tasks import TaskData, TaskSuite, load_tasks
 
+_ATTEMPTS = 100  # to take the lock of a run that is just ending
 _PACKAGES = ("wpmerge", "lm_eval", "torch", "transformers", "datasets", "nltk", "langdetect")
 
 
@@ -74,25 +87,33 @@ def evaluate(
         say: takes one-sentence messages.
 
     Raises:
-        EvaluationError: see :func:`wpmerge.tasks.load_tasks` and :func:`wpmerge.harness.run_model`; an unknown name
-            among ``reference``, ``base`` and ``skills``; models judged on different documents.
+        EvaluationError: see :func:`wpmerge.tasks.load_tasks`, :func:`wpmerge.harness.check_weights` and
+            :func:`wpmerge.harness.run_model`; an unknown name among ``reference``, ``base`` and ``skills``, or a skill
+            whose task is not evaluated; models judged on different documents.
         CheckpointError: a model is neither a directory nor obtainable from the hub.
-        OutputError: ``out`` cannot be written.
+        OutputError: ``out`` cannot be written, or another run is writing it.
     """
     start = time.monotonic()
     settings, skills = settings or HarnessSettings(), dict(skills or {})
     reference, base = reference or base, base or reference
     _check_names(models, reference, base, skills)
     sources = {name: open_source(name, model, settings) for name, model in models.items()}
+    inputs = [each for each in sources.values() if isinstance(each, Path)]
     if out is not None:
-        check_output(out, inputs=[each for each in sources.values() if isinstance(each, Path)], overwrite=overwrite)
+        check_output(out, inputs=inputs, overwrite=overwrite)
+    for name, model in sources.items():
+        check_weights(name, model, settings)
     suite = load_tasks(tasks, task_data=task_data, unsafe_code=settings.unsafe_code)
+    _check_skills(skills, suite)
     data_hash = {name: _documents_hash(task) for name, task in suite.leaves.items()}
     with _work_folder(out) as work:
-        finished = {}
+        if out is not None:
+            check_output(out, inputs=inputs, overwrite=overwrite)  # again: an earlier run may just have ended
+        finished, records = {}, []
         for name, model in sources.items():
             counted = None if progress is None else _named(progress, name)
-            finished[name] = _one_model(name, model, suite, settings, data_hash, work, say, counted)
+            finished[name], record = _one_model(name, model, suite, settings, data_hash, work, say, counted)
+            records.append(record)
         evaluation = Evaluation(
             models={name: result_from_json(each["result"]) for name, each in finished.items()},
             documents=_same(finished, "documents"),
@@ -100,6 +121,7 @@ def evaluate(
             reference=reference,
             base=base,
             skills=skills,
+            groups={name: GroupMetric(**each) for name, each in _same(finished, "groups").items()},
             settings={**asdict(settings), "tasks": list(suite.names)},
             provenance={
                 "versions": versions(),
@@ -112,7 +134,9 @@ def evaluate(
         for skill in skills.values():
             evaluation.outcomes(skill.expert, skill.metric)  # refuses an unknown metric before anything is written
         if out is not None:
-            _write(evaluation, finished, work, out, overwrite=overwrite)
+            _write(evaluation, finished, out, overwrite=overwrite)
+        for record in records:
+            record.unlink(missing_ok=True)
     for flag in evaluation.flags():
         say(flag)
     return evaluation
@@ -139,24 +163,67 @@ def _check_names(
             raise EvaluationError("no such model in the evaluation", got=name, expected=", ".join(models))
 
 
+def _check_skills(skills: Mapping[str, Skill], suite: TaskSuite) -> None:
+    """Refuse a skill of a task that is not evaluated, before any model is run."""
+    for skill in skills.values():
+        task, slash, _ = skill.metric.partition("/")
+        if task not in {*suite.leaves, *suite.groups} or not slash:
+            known = [*suite.groups, *suite.leaves]
+            near = difflib.get_close_matches(task, known, n=3) or known[:10]
+            raise EvaluationError(
+                "a skill's metric is of no evaluated task",
+                got=skill.metric,
+                expected=f"TASK/METRIC with TASK one of {', '.join(near)}",
+            )
+
+
 def _named(progress: Callable[[str, int, int], None], name: str) -> Progress:
     return lambda done, total: progress(name, done, total)
 
 
 @contextmanager
 def _work_folder(out: Path | None) -> Iterator[Path]:
-    """Where finished models wait: beside ``out``, kept when something goes wrong; a temporary one without ``out``."""
+    """Where finished models wait: beside ``out``, one run at a time, kept while anything is in it; a temporary one
+    without ``out``.
+
+    Raises:
+        OutputError: it cannot be made, or another run is at work there.
+    """
     if out is None:
         with tempfile.TemporaryDirectory(prefix="wpmerge-eval-") as folder:
             yield Path(folder)
         return
     work = out.absolute().with_name(f".{out.name}.models")
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError("cannot write beside the output path", where=out, got=error.strerror) from error
-    yield work
-    shutil.rmtree(work, ignore_errors=True)
+    with _locked(work, out) as lock:
+        try:
+            yield work
+        finally:
+            lock.unlink(missing_ok=True)
+            with suppress(OSError):  # somebody's records are left
+                work.rmdir()
+
+
+@contextmanager
+def _locked(work: Path, out: Path) -> Iterator[Path]:
+    """The folder with a lock file in it that this run alone holds; released when the process ends, however it does."""
+    path = work / "lock"
+    for _ in range(_ATTEMPTS):  # the one before may end, and remove folder and lock, between any two steps
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise OutputError("cannot write beside the output path", where=out, got=error.strerror) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                break
+            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                yield path
+                return
+    raise OutputError("another run is writing this output", where=out, mend="wait for it, or choose another path")
 
 
 def _one_model(
@@ -168,28 +235,28 @@ def _one_model(
     work: Path,
     say: Callable[[str], None],
     progress: Progress | None,
-) -> dict[str, Any]:
-    """A finished model's record, from the work folder or by running it."""
+) -> tuple[dict[str, Any], Path]:
+    """A finished model's record, from the work folder or by running it, and the file that keeps it."""
     start = time.monotonic()
-    model, identity = model_identity(model)
+    model, identity = model_identity(name, model, settings)
     parts = {"model": identity, "data": data_hash, "settings": asdict(settings), "versions": versions()}
     key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
     record = work / f"{file_name(name)}-{key}.json"
     if record.is_file():
         say(f"{name}: finished in an earlier run")
         found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-        return found
+        return found, record
     cache = record.with_suffix(".requests")
     if cache.is_file():
         say(f"{name}: going on with the requests that an earlier run finished")
     run = run_model(name, model, suite, settings, cache=cache, say=say, progress=progress)
-    found = _record(model, run, time.monotonic() - start)
+    found = _record(model, run, suite, time.monotonic() - start)
     write_file(record, json.dumps(found, default=_plain))
     cache.unlink(missing_ok=True)
-    return found
+    return found, record
 
 
-def _record(model: Model, run: ModelRun, seconds: float) -> dict[str, Any]:
+def _record(model: Model, run: ModelRun, suite: TaskSuite, seconds: float) -> dict[str, Any]:
     """What is kept of a finished model: its result, what it was judged on, lm-eval's own output."""
     credits: dict[str, list[list[float]]] = {}
     scores: dict[str, Score] = {}
@@ -213,7 +280,27 @@ def _record(model: Model, run: ModelRun, seconds: float) -> dict[str, Any]:
         credits=credits,
     )
     lm_eval = {"results": run.results, "samples": run.samples}
-    return {"result": asdict(result), "documents": documents, "instructions": instructions, "lm_eval": lm_eval}
+    return {
+        "result": asdict(result),
+        "documents": documents,
+        "instructions": instructions,
+        "groups": _groups(suite, scores),
+        "lm_eval": lm_eval,
+    }
+
+
+def _groups(suite: TaskSuite, scores: Mapping[str, Score]) -> dict[str, Any]:
+    """Each group's metrics: the tasks' that lm-eval aggregates, and whether by size."""
+    found: dict[str, Any] = {}
+    for name, group in suite.groups.items():
+        by_size = {each.metric: each.weight_by_size for each in group.aggregate_metric_list or ()}
+        for metric in (each.removeprefix(f"{name}/") for each in scores if each.startswith(f"{name}/")):
+            members = [f"{task.task_name}/{metric}" for task in group.get_all_tasks()]
+            weight = by_size.get(metric.partition(",")[0])
+            if weight is not None:
+                own = [each for each in members if each in scores]
+                found[f"{name}/{metric}"] = {"members": own, "by_size": bool(weight)}
+    return found
 
 
 def _credits(logged: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
@@ -269,9 +356,7 @@ def _same(finished: Mapping[str, Mapping[str, Any]], part: str) -> dict[str, Any
     return dict(own)
 
 
-def _write(
-    evaluation: Evaluation, finished: Mapping[str, Mapping[str, Any]], work: Path, out: Path, *, overwrite: bool
-) -> None:
+def _write(evaluation: Evaluation, finished: Mapping[str, Mapping[str, Any]], out: Path, *, overwrite: bool) -> None:
     """evaluation.json, and lm-eval's results and samples of each model, under the final name when whole."""
     with output_directory(out, overwrite=overwrite) as staging:
         folder = staging / "lm_eval"

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from wpmerge.console import finite
 from wpmerge.errors import EvaluationError
 from wpmerge.statistics import (
     Interval,
@@ -23,6 +24,7 @@ from wpmerge.statistics import (
     bootstrap_scores,
     mean_score,
     percentile_interval,
+    pooled,
     retention,
     standard_error,
 )
@@ -60,6 +62,19 @@ class Skill:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GroupMetric:
+    """How lm-eval makes a group's metric from those of its tasks.
+
+    Attributes:
+        members: the tasks' metrics, such as ``mmlu_anatomy/acc``.
+        by_size: weighted by documents; otherwise every task counts the same.
+    """
+
+    members: Sequence[str]
+    by_size: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelResult:
     """One model's outcomes.
 
@@ -93,6 +108,7 @@ class Evaluation:
         reference: the model that differences are taken to.
         base: the model that retention starts from.
         skills: skill name to what it is measured by.
+        groups: metric of a group of tasks, such as ``mmlu/acc``, to how it is made.
         settings: how the models were run.
         provenance: package versions, files and hashes of the documents, wall time in seconds.
     """
@@ -103,47 +119,60 @@ class Evaluation:
     reference: str | None = None
     base: str | None = None
     skills: Mapping[str, Skill] = field(default_factory=dict)
+    groups: Mapping[str, GroupMetric] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def outcomes(self, model: str, metric: str) -> Outcomes:
-        """Outcomes per document; a metric's name may end in an instruction type, ``…inst_level_strict_acc/TYPE``.
+        """Outcomes per document; a metric's name may end in an instruction type, ``…inst_level_strict_acc/TYPE``. A
+        group's are its tasks' together.
 
         Raises:
             EvaluationError: no such model or metric.
         """
         if model not in self.models:
             raise EvaluationError("no such model in the evaluation", got=model, expected=", ".join(self.models))
+        found = self._outcomes(model, metric)
+        if found is None:
+            raise EvaluationError(
+                "no outcomes of such a metric in the evaluation",
+                where=model,
+                got=metric,
+                expected=", ".join(
+                    each for each in self.models[model].scores if self._outcomes(model, each) is not None
+                ),
+            )
+        return found
+
+    def _outcomes(self, model: str, metric: str) -> Outcomes | None:
         credits = self.models[model].credits
         if metric in credits:
             return outcomes_of(credits[metric])
+        if metric in self.groups:
+            parts = [self._outcomes(model, each) for each in self.groups[metric].members]
+            known = [part for part in parts if part is not None]
+            return pooled(known, by_size=self.groups[metric].by_size) if known and len(known) == len(parts) else None
         task, _, rest = metric.partition("/")
         level, _, kind = rest.partition("/")
         whole = f"{task}/{level}"
         if whole in credits and any(kind in ids for ids in self.instructions.get(task, ())):
             return outcomes_of(only_type(credits[whole], self.instructions[task], kind))
-        raise EvaluationError(
-            "no outcomes of such a metric in the evaluation",
-            where=model,
-            got=metric,
-            expected=", ".join(each for each in self.models[model].scores if "/" in each),
-        )
+        return None
 
     def differences(self, *, seed: int = 0) -> dict[str, dict[str, Interval]]:
         """Model to metric to score minus the reference's, with paired bootstrap intervals; {} without a reference."""
         if self.reference is None:
             return {}
-        metrics = [name for name in self.models[self.reference].scores if self._has_outcomes(name)]
         found: dict[str, dict[str, Interval]] = {name: {} for name in self.models if name != self.reference}
-        for task in self.documents:
-            own = [metric for metric in metrics if metric.split("/")[0] == task]
-            if own:
-                self._task_differences(own, found, seed)
+        together: dict[tuple[object, ...], list[str]] = {}  # metrics of the same documents
+        for metric in self.models[self.reference].scores:
+            outcomes = [self._outcomes(name, metric) for name in self.models]
+            if (own := outcomes[0]) is not None and all(each is not None for each in outcomes):
+                documents = (metric.partition("/")[0], len(own.trials), own.strata)
+                together.setdefault(documents, []).append(metric)
+        for metrics in together.values():
+            self._task_differences(metrics, found, seed)
         return found
-
-    def _has_outcomes(self, metric: str) -> bool:
-        task, _, rest = metric.partition("/")
-        return all(f"{task}/{rest.partition('/')[0]}" in result.credits for result in self.models.values())
 
     def _task_differences(self, metrics: list[str], found: dict[str, dict[str, Interval]], seed: int) -> None:
         """All metrics of a task in one bootstrap: the draws of documents cost more than the sums."""
@@ -176,17 +205,16 @@ class Evaluation:
         return retention(skills, seed=seed)
 
     def flags(self) -> list[str]:
-        """Sentences on what makes the numbers doubtful: a score of 0 where base and expert have one, which usually
-        means a broken template or parser; models run with different chat templates; prompts that were cut."""
-        experts = {skill.expert for skill in self.skills.values()}
+        """Sentences on what makes the numbers doubtful: a score of 0 where the base and another model have one, which
+        usually means a broken template or parser; models run with different chat templates; prompts that were cut."""
         found = []
+        also = "" if self.base is None else ", the base too,"
         for name, result in self.models.items():
-            if name != self.base and name not in experts:
-                found += [
-                    f"{name}: {metric} is 0 where base and expert are above 0; check chat template and parser"
-                    for metric, score in result.scores.items()
-                    if score.value == 0 and self._above_zero(metric, experts)
-                ]
+            for task, metrics in self._silent(name).items():
+                found.append(
+                    f"{name}: {task} is 0 ({', '.join(metrics)}) where other models{also} are above 0; "
+                    "check chat template and parser"
+                )
             if result.truncated:
                 found.append(f"{name}: {result.truncated} prompts were cut from the left to fit the model's window")
         if len({result.chat_template for result in self.models.values()}) > 1:
@@ -195,12 +223,22 @@ class Evaluation:
             found.append("the models were run at different batch sizes, which changes roundings and so a few responses")
         return found
 
-    def _above_zero(self, metric: str, experts: set[str]) -> bool:
-        def value(name: str) -> float:
-            score = self.models[name].scores.get(metric)
-            return score.value if score else 0.0
+    def _silent(self, name: str) -> dict[str, list[str]]:
+        """Task to the metrics by which a model has 0 where at least two others, the base among them, have more; without
+        those of single instruction types, and without a group's tasks where the group is in it."""
+        zero = [metric for metric, score in self.models[name].scores.items() if score.value == 0]
+        found = [metric for metric in zero if metric.count("/") == 1 and self._others_above_zero(metric)]
+        covered = {member for metric in found if metric in self.groups for member in self.groups[metric].members}
+        tasks: dict[str, list[str]] = {}
+        for task, _, metric in (each.partition("/") for each in found if each not in covered):
+            tasks.setdefault(task, []).append(metric)
+        return tasks
 
-        return self.base is not None and value(self.base) > 0 and any(value(name) > 0 for name in experts)
+    def _others_above_zero(self, metric: str) -> bool:
+        above = [
+            name for name, result in self.models.items() if metric in result.scores and result.scores[metric].value > 0
+        ]
+        return len(above) > 1 and (self.base is None or self.base in above)
 
 
 def outcomes_of(credits: Sequence[Sequence[float]]) -> Outcomes:
@@ -238,7 +276,7 @@ def to_json(evaluation: Evaluation) -> str:
         "retention": {name: asdict(each) for name, each in evaluation.retention().items()},
         "flags": evaluation.flags(),
     }
-    whole = _finite({"schema": SCHEMA, "kind": "evaluation", **asdict(evaluation), "derived": derived})
+    whole = finite({"schema": SCHEMA, "kind": "evaluation", **asdict(evaluation), "derived": derived})
     lines = [f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in whole.items()]
     return "{\n" + ",\n".join(lines) + "\n}\n"  # a line a field: outcomes would take a line each with indentation
 
@@ -260,9 +298,11 @@ def load_evaluation(path: Path) -> Evaluation:
                 expected=f"evaluation schema {SCHEMA}",
                 mend="read it with the wpmerge that wrote it, or evaluate again",
             )
-        fields = {name: found[name] for name in Evaluation.__dataclass_fields__}
+        fields = {name: found[name] for name in Evaluation.__dataclass_fields__ if name != "groups"}
         fields["models"] = {name: result_from_json(each) for name, each in found["models"].items()}
         fields["skills"] = {name: Skill(**each) for name, each in found["skills"].items()}
+        groups = found.get("groups", {})  # files of evaluations without a group may lack it
+        fields["groups"] = {name: GroupMetric(**each) for name, each in groups.items()}
         return Evaluation(**fields)
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise EvaluationError(
@@ -281,14 +321,3 @@ def result_from_json(found: Mapping[str, Any]) -> ModelResult:
 
 def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(name): _finite(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return value

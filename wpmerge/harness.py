@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import importlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,8 @@ import torch
 
 from wpmerge.directory import locate
 from wpmerge.errors import EvaluationError
+from wpmerge.loading import check_weights as check_stored_weights
+from wpmerge.loading import loading, ran_out_of_memory
 from wpmerge.tasks import TaskSuite, quiet
 
 Loaded: TypeAlias = tuple[Any, Any]
@@ -130,14 +131,12 @@ def run_model(
 def _open(name: str, model: Model, settings: HarnessSettings) -> Any:
     """lm-eval's object for a model."""
     from lm_eval.api.registry import get_model
-    from safetensors import SafetensorError
+    from lm_eval.models.huggingface import HFLM
 
-    if callable(model):
-        model = model()
-    try:
+    with loading(name, model, settings.backend):
+        if callable(model):
+            model = model()
         if isinstance(model, tuple):
-            from lm_eval.models.huggingface import HFLM
-
             network, tokenizer = model
             return HFLM(pretrained=network, tokenizer=tokenizer, batch_size=settings.batch_size, **settings.model_args)
         device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -147,14 +146,6 @@ def _open(name: str, model: Model, settings: HarnessSettings) -> Any:
         return get_model(settings.backend).create_from_arg_obj(
             arguments, {"batch_size": settings.batch_size, "max_batch_size": None, "device": device}
         )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise EvaluationError(
-            "a model cannot be loaded",
-            where=f"{name}: {model if isinstance(model, str | Path) else 'loaded model'}",
-            got=f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}",
-            expected=f"what lm-eval's {settings.backend!r} model class can load",
-            mend="check the checkpoint with wpmerge inspect, and the backend's name",
-        ) from error
 
 
 def open_source(name: str, model: Model, settings: HarnessSettings) -> Model:
@@ -178,24 +169,46 @@ def open_source(name: str, model: Model, settings: HarnessSettings) -> Model:
     raise EvaluationError("a model is no checkpoint", where=f"{name}: {model}", expected="a config.json in it")
 
 
-def model_identity(model: Model) -> tuple[Model, dict[str, Any]]:
-    """The model, loaded if it was a function, and what tells it from others: the names, sizes and times of a
-    checkpoint's files, or a hash of a loaded model's weights and its tokenizer."""
+def check_weights(name: str, model: Model, settings: HarnessSettings) -> None:
+    """Refuse a local directory whose tensors are not its model's; see :func:`wpmerge.loading.check_weights`.
+
+    Loaded models, functions that load one, and what other backends than ``hf`` load pass.
+
+    Raises:
+        EvaluationError: names the tensor.
+    """
+    if settings.backend == "hf" and isinstance(model, Path):
+        check_stored_weights(name, model, settings.model_args)
+
+
+def model_identity(name: str, model: Model, settings: HarnessSettings) -> tuple[Model, dict[str, Any]]:
+    """The model, loaded if it was a function, and what tells it from others: the names, sizes and times of the files of
+    its directory and of those that its arguments name, or a hash of a loaded model's weights and its tokenizer.
+
+    Raises:
+        EvaluationError: it cannot be loaded.
+    """
+    beside = [value for value in settings.model_args.values() if isinstance(value, str)]
+    identity: dict[str, Any] = {"beside": [_files(each) for each in beside if Path(each).is_dir()]}
     if callable(model):
-        model = model()
-    if isinstance(model, tuple):
-        network, tokenizer = model
-        digest = hashlib.sha256(str(network.config).encode() + repr(getattr(tokenizer, "chat_template", "")).encode())
-        for key, tensor in sorted(network.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-        return model, {"sha256": digest.hexdigest()}
-    if isinstance(model, Path):
-        files = {
-            each.name: (each.stat().st_size, each.stat().st_mtime_ns) for each in model.iterdir() if each.is_file()
-        }
-        return model, {"path": str(model.resolve()), "files": sorted(files.items())}
-    return model, {"name": model}
+        with loading(name, model, settings.backend):
+            model = model()
+    if not isinstance(model, tuple):
+        found = _files(model) if Path(model).is_dir() else {"name": str(model)}
+        return model, {**identity, **found}
+    network, tokenizer = model
+    digest = hashlib.sha256(str(network.config).encode() + repr(getattr(tokenizer, "chat_template", "")).encode())
+    for key, tensor in sorted(network.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return model, {**identity, "sha256": digest.hexdigest()}
+
+
+def _files(folder: str | Path) -> dict[str, Any]:
+    """A directory and the names, sizes and times of the files in it."""
+    path = Path(folder).resolve()
+    files = {each.name: (each.stat().st_size, each.stat().st_mtime_ns) for each in path.iterdir() if each.is_file()}
+    return {"path": str(path), "files": sorted(files.items())}
 
 
 def _template(lm: Any) -> str | None:
@@ -300,7 +313,7 @@ def _run_halving(
         try:
             return _simple_evaluate(cached, suite, settings, chat)
         except Exception as error:
-            if not _out_of_memory(error):
+            if not ran_out_of_memory(error):
                 raise
             batch = getattr(lm, "batch_size_per_gpu", None)
             if not isinstance(batch, int) or batch <= 1:
@@ -315,11 +328,6 @@ def _run_halving(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _out_of_memory(error: Exception) -> bool:
-    judge = importlib.import_module("accelerate.utils.memory").should_reduce_batch_size  # knows the CPU's message too
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(judge(error))
 
 
 def _simple_evaluate(lm: Any, suite: TaskSuite, settings: HarnessSettings, chat: bool) -> dict[str, Any]:

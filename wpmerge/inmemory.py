@@ -12,6 +12,7 @@ from wpmerge.checkpoint import Checkpoint, open_checkpoint
 from wpmerge.directory import locate
 from wpmerge.errors import EvaluationError
 from wpmerge.harness import HarnessSettings, Loaded, Model
+from wpmerge.loading import refuse_unfit
 from wpmerge.merge import check_inputs, merged_state_dict, open_inputs
 from wpmerge.models import load_tokenizer
 from wpmerge.plan import BASE, load_plan
@@ -101,7 +102,7 @@ def load_model(base: Checkpoint, state: Mapping[str, Tensor], settings: HarnessS
         settings: device and dtype.
 
     Raises:
-        EvaluationError: transformers has no causal language model for the configuration.
+        EvaluationError: transformers has no causal language model for the configuration, or a tensor is missing.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
@@ -115,7 +116,10 @@ def load_model(base: Checkpoint, state: Mapping[str, Tensor], settings: HarnessS
             mend="write the merge with wpmerge fuse, and evaluate that",
         )
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    model = kind.from_pretrained(None, config=config, state_dict=dict(state), dtype=dtype)
+    model, found = kind.from_pretrained(
+        None, config=config, state_dict=dict(state), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    refuse_unfit(found, base.path)
     if (base.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(base.path, local_files_only=True)
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -24,10 +24,13 @@ class Outcomes:
     Attributes:
         successes: summed credit of the document's trials.
         trials: how many were judged; 0 where the metric does not apply to the document.
+        strata: sizes of the document sets they are pooled from, in order; documents are resampled within their own.
+            () is one set.
     """
 
     successes: Float[np.ndarray, " documents"]
     trials: Float[np.ndarray, " documents"]
+    strata: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +89,7 @@ def standard_error(outcomes: Outcomes) -> float:
     Techniques, section 6.4).
 
     With one trial a document it is s/√n, as lm-eval reports it. Documents without a trial are left out. NaN with fewer
-    than two documents.
+    than two documents. Strata are not looked at.
     """
     judged = outcomes.trials > 0
     documents = int(judged.sum())
@@ -97,16 +100,38 @@ def standard_error(outcomes: Outcomes) -> float:
     return float(np.sqrt(variance)) / float(outcomes.trials.sum())
 
 
+def pooled(parts: Sequence[Outcomes], *, by_size: bool) -> Outcomes:
+    """Outcomes of several document sets as one, whose score is the mean of theirs.
+
+    Args:
+        parts: one set's outcomes each.
+        by_size: weigh each score by its set's documents; otherwise all count the same.
+    """
+    scales = []
+    for part in parts:
+        trials = float(part.trials.sum())
+        scales.append((len(part.trials) if by_size else 1) / trials if trials else float("nan"))
+    return Outcomes(
+        successes=np.concatenate([part.successes * scale for part, scale in zip(parts, scales, strict=True)]),
+        trials=np.concatenate([part.trials * scale for part, scale in zip(parts, scales, strict=True)]),
+        strata=tuple(size for part in parts for size in part.strata or (len(part.trials),)),
+    )
+
+
 def bootstrap_scores(
     outcomes: Sequence[Outcomes], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Float[np.ndarray, "scores resamples"]:
     """Scores on documents drawn with replacement, the same draw for all ``outcomes``; NaN where a draw has no trial.
 
+    Pooled sets keep their sizes: documents are drawn within each.
+
     Raises:
         ValueError: the outcomes are not of the same documents.
     """
     documents = len(outcomes[0].trials)
-    if any(len(each.trials) != documents or len(each.successes) != documents for each in outcomes):
+    strata = outcomes[0].strata or (documents,)
+    sizes = [(len(each.successes), len(each.trials), each.strata or (documents,)) for each in outcomes]
+    if any(each != (documents, documents, strata) for each in sizes):
         raise ValueError("paired outcomes need the same documents")
     generator = np.random.default_rng(seed)
     successes = np.stack([each.successes for each in outcomes])
@@ -115,7 +140,8 @@ def bootstrap_scores(
     chunk = max(1, _CHUNK_ELEMENTS // documents)
     for start in range(0, resamples, chunk):
         size = min(chunk, resamples - start)
-        weights = generator.multinomial(documents, np.full(documents, 1 / documents), size=size).T.astype(float)
+        drawn = [generator.multinomial(n, np.full(n, 1 / n), size=size) for n in strata]
+        weights = np.concatenate(drawn, axis=1).T.astype(float)
         with np.errstate(invalid="ignore", divide="ignore"):
             scores[:, start : start + size] = (successes @ weights) / (trials @ weights)
     return scores
@@ -132,23 +158,6 @@ def percentile_interval(
     tail = (1 - confidence) / 2
     low, high = np.quantile(defined, [tail, 1 - tail])
     return Interval(value=value, low=float(low), high=float(high))
-
-
-def paired_difference(
-    model: Outcomes,
-    reference: Outcomes,
-    *,
-    resamples: int = RESAMPLES,
-    confidence: float = CONFIDENCE,
-    seed: int = 0,
-) -> Interval:
-    """Score of ``model`` minus score of ``reference`` on the same documents, with its paired bootstrap interval.
-
-    Raises:
-        ValueError: the outcomes are not of the same documents.
-    """
-    scores = bootstrap_scores([model, reference], resamples=resamples, seed=seed)
-    return percentile_interval(mean_score(model) - mean_score(reference), scores[0] - scores[1], confidence)
 
 
 def retention(
@@ -172,8 +181,8 @@ def retention(
     seeds = {name: seed + index for index, name in enumerate(dict.fromkeys(s.documents for s in skills.values()))}
     for skill in skills.values():
         triple = [skill.base, skill.expert, skill.merged]
-        values.append(_recovered(*(np.array(mean_score(each)) for each in triple)).item())
-        draws.append(_recovered(*bootstrap_scores(triple, resamples=resamples, seed=seeds[skill.documents])))
+        values.append(retained_fraction(*(np.array(mean_score(each)) for each in triple)).item())
+        draws.append(retained_fraction(*bootstrap_scores(triple, resamples=resamples, seed=seeds[skill.documents])))
     table, samples = np.array(values), np.stack(draws)
     return Retention(
         skills={
@@ -184,12 +193,13 @@ def retention(
     )
 
 
-def _recovered(
+def retained_fraction(
     base: Float[np.ndarray, "*resamples"],
     expert: Float[np.ndarray, "*resamples"],
-    merged: Float[np.ndarray, "*resamples"],
-) -> Float[np.ndarray, "*resamples"]:
-    """Fraction of the gap; NaN where the expert is no better than the base."""
+    merged: Float[np.ndarray, "*merges"],
+) -> Float[np.ndarray, "*merges"]:
+    """(merged − base) / (expert − base), for one merge or, with a leading axis, several; NaN where the expert is no
+    better than the base."""
     gap = expert - base
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(gap <= 0, np.nan, (merged - base) / gap)
