@@ -82,6 +82,7 @@ def test_in_place_is_pure(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wpmerge.blocks, "BLOCK_ELEMENTS", block)
         patch.setattr(wpmerge.blocks, "SAMPLE", 1024)
+        patch.setattr(wpmerge.blocks, "_RUN", 256)
         made = merge_tensor(job)
     assert torch.equal(made, pure(job, tensors, [c.expand(shape) for c in coefficients]))
 

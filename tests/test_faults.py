@@ -43,12 +43,16 @@ KILLER = """
 import json, os, random, shutil, signal, sys, time
 from pathlib import Path
 import torch
-import wpmerge.blocks
+import wpmerge.blocks, wpmerge.fused
 from wpmerge.merge import merge_recipe
 
 torch.set_num_threads(1)
 place, kills, method = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 wpmerge.blocks.BLOCK_ELEMENTS = 64
+if sys.argv[4] == "compiled":
+    from wpmerge import kernels
+    wpmerge.fused.WORTH_COMPILING = 0
+    kernels.prepare(ties=True)
 recipe, out = place / f"{method}.yml", place / "outputs" / "out"
 chance = random.Random(kills)
 
@@ -106,14 +110,15 @@ print(json.dumps({"died": died, "resumed": resumed, "duration": duration}))
 """
 
 
+@pytest.mark.parametrize("path", ["plain", "compiled"])
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
-def test_killed_at_random_moments(tmp_path, method):
+def test_killed_at_random_moments(tmp_path, method, path):
     """The output is absent or complete, a rerun resumes, gives the same bytes, and leaves no strays."""
     made = family(tmp_path / "models")
     write_recipe(tmp_path / f"{method}.yml", made, method)
     (tmp_path / "outputs").mkdir()
-    kills = -(-KILLS // 2)
-    command = [sys.executable, "-c", KILLER, str(tmp_path), str(kills), method]
+    kills = -(-KILLS // 4)
+    command = [sys.executable, "-c", KILLER, str(tmp_path), str(kills), method, path]
     done = subprocess.run(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
     )
@@ -135,6 +140,14 @@ def disk(tmp_path):
     subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.fixture(params=["plain", "compiled"])
+def loops(request, monkeypatch):
+    """Merges in plain tensor operations, and by compiled loops, which are otherwise for large merges alone."""
+    if request.param == "compiled":
+        monkeypatch.setattr("wpmerge.fused.WORTH_COMPILING", 0)
+
+
+@pytest.mark.usefixtures("loops")
 def test_a_disk_that_fills_up_while_a_merge_writes(tmp_path, disk, monkeypatch):
     """The forecast is switched off, as another process may take the space after it."""
     made = {
@@ -152,6 +165,7 @@ def test_a_disk_that_fills_up_while_a_merge_writes(tmp_path, disk, monkeypatch):
     assert not list(disk.iterdir())
 
 
+@pytest.mark.usefixtures("loops")
 def test_the_file_size_limit(tmp_path, monkeypatch):
     made = {
         name: write_checkpoint(tmp_path / name, {"x": torch.ones(400, 500, dtype=torch.bfloat16) * i})

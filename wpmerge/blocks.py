@@ -6,7 +6,7 @@ not depend on where a processor's vectors end.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +26,7 @@ from wpmerge.workspace import Workspace
 
 BLOCK_ELEMENTS = 2**18
 ALIGNED = 8  # blocks start at multiples of this many elements, so that their bytes are whole 64-bit words
-_RUN = 1024  # elements that a sample takes from one place
+_RUN = 2048  # elements that a sample takes from one place
 
 Method = Literal["task_arithmetic", "linear", "ties", "dare_linear", "dare_ties"]
 _TRIMMED = ("ties",)
@@ -103,13 +103,14 @@ class TensorMerge:
         job: what to make.
         workspace: the calling thread's.
         allow_nan: let values pass that are not finite.
+        trims: what :func:`find_trims` gives, where it is known already.
     """
 
-    def __init__(self, job: Job, workspace: Workspace, *, allow_nan: bool = False) -> None:
+    def __init__(
+        self, job: Job, workspace: Workspace, *, allow_nan: bool = False, trims: Sequence["Trim | None"] | None = None
+    ) -> None:
         self._job, self._workspace, self._allow_nan = job, workspace, allow_nan
-        self._left: list[_Trim | None] = [None] * len(job.terms)
-        if job.needs_whole:
-            self._left = _trims(job, workspace)
+        self._trims = find_trims(job, workspace) if trims is None else trims
 
     def block(self, start: int, stop: int) -> Shaped[Tensor, " n"]:
         """Elements ``start`` to ``stop`` in the output dtype, valid until the next block.
@@ -150,7 +151,7 @@ class TensorMerge:
         coefficients = [_Factor(term.coefficient, job.output.shape, start, stop) for term in job.terms]
         total = work.buffer("total", stop - start)
         weighted = []
-        for i, (term, coefficient, trim) in enumerate(zip(job.terms, coefficients, self._left, strict=True)):
+        for i, (term, coefficient, trim) in enumerate(zip(job.terms, coefficients, self._trims, strict=True)):
             elected = job.method in _ELECTED
             slot: object = ("term", i) if elected else "term" if i else "total"
             delta = work.floats(slot, term.checkpoint, term.tensor, start, stop)
@@ -211,40 +212,50 @@ class _Factor:
         return float(self.coefficient.values.min()) if self.coefficient.values.numel() else 1.0
 
 
-class _Trim:
-    """TIES' trim of one term: the threshold, and how many that equal it are still to be kept."""
+class Trim:
+    """TIES' trim of one term: the threshold, and how many that equal it are still to be kept as blocks pass."""
 
     def __init__(self, threshold: Threshold) -> None:
-        self._value, self._ties = threshold.value, threshold.ties
+        self.value, self.ties = threshold.value, threshold.ties
 
     def apply(self, delta: Float[Tensor, " n"], work: Workspace) -> None:
         """Zero what is not kept, in place."""
-        if self._value == 0:  # everything is kept: entries that equal 0 are 0 either way
+        if self.value == 0:  # everything is kept: entries that equal 0 are 0 either way
             return
-        if self._ties:
+        if self.ties:
             equal = work.mask("equal", delta.numel()).numpy()
             magnitudes = torch.abs(delta, out=work.buffer("magnitudes", delta.numel())).numpy()
-            np.equal(magnitudes, np.float32(self._value), out=equal)
+            np.equal(magnitudes, np.float32(self.value), out=equal)
             count = int(np.count_nonzero(equal))
-            if count <= self._ties:
-                self._ties -= count
-                below = float(np.nextafter(np.float32(self._value), np.float32(0)))
+            if count <= self.ties:
+                self.ties -= count
+                below = float(np.nextafter(np.float32(self.value), np.float32(0)))
                 torch.hardshrink(delta, below, out=delta)
                 return
-            places = torch.from_numpy(np.flatnonzero(equal)[: self._ties])
+            places = torch.from_numpy(np.flatnonzero(equal)[: self.ties])
             kept = delta[places]
-            torch.hardshrink(delta, self._value, out=delta)
+            torch.hardshrink(delta, self.value, out=delta)
             delta[places] = kept
-            self._ties = 0
+            self.ties = 0
             return
-        torch.hardshrink(delta, self._value, out=delta)
+        torch.hardshrink(delta, self.value, out=delta)
 
 
-def _trims(job: Job, work: Workspace) -> list[_Trim | None]:
-    """The thresholds of a tensor's terms: one pass over base and terms together, seldom a second."""
+def find_trims(job: Job, work: Workspace, see: "See | None" = None) -> list[Trim | None]:
+    """The thresholds of a tensor's terms: one pass over base and terms together, seldom a second.
+
+    None stands for a term of which all is kept, or nothing.
+
+    Args:
+        job: of any method; only TIES has thresholds.
+        work: the calling thread's.
+        see: shows one block to every search that is on, as :func:`see_block` does it.
+    """
+    found: list[Trim | None] = [None] * len(job.terms)
+    if not job.needs_whole:
+        return found
     assert job.base is not None
-    numel = math.prod(job.output.shape)
-    found: list[_Trim | None] = [None] * len(job.terms)
+    see, numel = see or see_block, math.prod(job.output.shape)
     wanted: dict[int, int] = {}
     for i, term in enumerate(job.terms):
         keep = kept_count(term.density, numel)
@@ -252,23 +263,32 @@ def _trims(job: Job, work: Workspace) -> list[_Trim | None]:
             continue
         if numel <= SAMPLE:
             magnitudes = _magnitudes(term, work, work.floats("base", *job.base, 0, numel), 0, numel)
-            found[i] = _Trim(threshold_of(magnitudes, keep))
+            found[i] = Trim(threshold_of(magnitudes, keep))
             continue
         wanted[i] = keep
     samples = _samples(job, work, numel, list(wanted)) if wanted else {}
     searches = {i: Selector(keep, samples[i], numel) for i, keep in wanted.items()}
     while searches:
         for start, stop in blocks(job.output.shape):
-            base = work.floats("base", *job.base, start, stop)
-            scratch = work.mask("equal", stop - start).numpy()
-            spare = work.buffer("spare", stop - start, torch.int32).numpy().view(np.uint32)
-            for i, search in searches.items():
-                search.see(_magnitudes(job.terms[i], work, base, start, stop), scratch, spare)
+            see(job, work, searches, start, stop)
         for i, search in list(searches.items()):
             if (threshold := search.end_pass()) is not None:
-                found[i] = _Trim(threshold)
+                found[i] = Trim(threshold)
                 del searches[i]
     return found
+
+
+See = Callable[[Job, Workspace, Mapping[int, Selector], int, int], None]
+
+
+def see_block(job: Job, work: Workspace, searches: Mapping[int, Selector], start: int, stop: int) -> None:
+    """Show elements ``start`` to ``stop`` of the terms' deltas to their searches, by the number of the term."""
+    assert job.base is not None
+    base = work.floats("base", *job.base, start, stop)
+    scratch = work.mask("equal", stop - start).numpy()
+    spare = work.buffer("spare", stop - start, torch.int32).numpy().view(np.uint32)
+    for i, search in searches.items():
+        search.see(_magnitudes(job.terms[i], work, base, start, stop), scratch, spare)
 
 
 def _magnitudes(term: Term, work: Workspace, base: Float[Tensor, " n"], start: int, stop: int) -> Magnitudes:
@@ -279,7 +299,7 @@ def _magnitudes(term: Term, work: Workspace, base: Float[Tensor, " n"], start: i
 
 def _samples(job: Job, work: Workspace, numel: int, wanted: Sequence[int]) -> dict[int, Magnitudes]:
     """Magnitudes from short runs spread over the tensor at uneven distances, so that no column is favoured."""
-    assert job.base is not None
+    assert job.base is not None and numel > SAMPLE >= _RUN
     runs = SAMPLE // _RUN
     parts: dict[int, list[Magnitudes]] = {i: [] for i in wanted}
     for number in range(runs):

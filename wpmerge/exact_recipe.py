@@ -17,7 +17,7 @@ from wpmerge.checkpoint import Checkpoint
 from wpmerge.errors import RecipeError
 from wpmerge.merge import check_inputs, plan_jobs
 from wpmerge.output import check_space, output_directory, write_file
-from wpmerge.plan import BASE, Plan
+from wpmerge.plan import BASE, Operator, Plan
 from wpmerge.recipe import main_dtype, model_reference, single_number, weight_setting, with_tied_names
 from wpmerge.shards import OutputTensor, ShardWriter, layout_shards
 from wpmerge.streaming import merge_stream
@@ -26,6 +26,16 @@ _HEADER = (
     "# Written by wpmerge; rule {rule}, granularity {granularity}. This recipe reproduces the merge exactly: the last\n"
     "# model, beside this file, holds the tensors whose coefficients are vectors, and nothing else.\n"
 )
+
+
+def check_exact(operator: Operator) -> None:
+    """Refuse what no exact recipe can be written for.
+
+    Raises:
+        RecipeError: another operator than task arithmetic.
+    """
+    if operator.method != "task_arithmetic":
+        raise RecipeError("an exact recipe is for task_arithmetic", got=operator.method)
 
 
 def write_exact_recipe(
@@ -46,8 +56,7 @@ def write_exact_recipe(
         RecipeError: another operator than task arithmetic.
         OutputError: the output cannot be written there.
     """
-    if plan.operator.method != "task_arithmetic":
-        raise RecipeError("an exact recipe is for task_arithmetic", got=plan.operator.method)
+    check_exact(plan.operator)
     check_inputs(plan, checkpoints)
     base = checkpoints[BASE]
     touched = {

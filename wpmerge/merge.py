@@ -15,7 +15,7 @@ from wpmerge.checkpoint import Checkpoint, check_same_family, open_checkpoint
 from wpmerge.errors import RecipeError
 from wpmerge.handover import merge_with_mergekit
 from wpmerge.output import check_output, write_file
-from wpmerge.plan import BASE, Plan, check_plan
+from wpmerge.plan import BASE, Plan, check_plan, load_plan
 from wpmerge.recipe import recipe_text
 from wpmerge.recipe_jobs import RecipeJobs, recipe_jobs, tensor_seed
 from wpmerge.shards import OutputTensor
@@ -197,6 +197,46 @@ def merge(
     )
     jobs = plan_jobs(plan, checkpoints, dtype=dtype)
     return write_model(out, jobs, donor=checkpoints[BASE], inputs=inputs, papers=papers, writing=writing)
+
+
+def merge_plan(
+    directory: Path,
+    out: Path,
+    *,
+    models: Mapping[str, str | Path] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    dtype: torch.dtype | None = None,
+    threads: int = 1,
+    overwrite: bool = False,
+    allow_nan: bool = False,
+    vocab: Vocabulary | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> MergeSummary:
+    """Carry out a plan that lies on disk, unit by unit as it says.
+
+    Args:
+        directory: holds plan.json and plan.safetensors.
+        models: where inputs live now, by name, ``base`` for the base.
+        trust_remote_code: see :func:`~wpmerge.checkpoint.open_checkpoint`.
+
+    The other arguments and errors are those of :func:`merge`.
+    """
+    plan = load_plan(directory)
+    checkpoints = open_inputs(plan, models, trust_remote_code=trust_remote_code)
+    check_output(out, inputs=[directory, *(model.path for model in checkpoints.values())], overwrite=overwrite)
+    return merge(
+        plan,
+        checkpoints,
+        out,
+        shard_bytes=shard_bytes,
+        dtype=dtype,
+        threads=threads,
+        overwrite=overwrite,
+        allow_nan=allow_nan,
+        vocab=vocab,
+        progress=progress,
+    )
 
 
 def merge_recipe(

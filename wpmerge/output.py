@@ -18,7 +18,7 @@ from pathlib import Path
 from wpmerge.errors import OutputError
 
 # A directory is replaced only if it holds one of these: --overwrite is for our outputs, not for somebody's home.
-OWN_FILES = ("config.json", "plan.json", "scores.json", "evaluation.json")
+OWN_FILES = ("config.json", "plan.json", "scores.json", "evaluation.json", "proof.json")
 
 _EXCHANGE, _AT_FDCWD = 2, -100  # renameat2(2), linux/fs.h
 

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 Magnitudes = NDArray[np.float32]
 
-SAMPLE = 2**15
-KEPT_INSIDE = 2**21  # values kept in one pass: 8 MiB
+SAMPLE = 2**16
+KEPT_INSIDE = 2**19  # values kept in one pass: 2 MiB
 _GUIDED_PASSES = 3  # after these, every other pass halves the interval
 _BIN_BITS = 12
+_PART = 2**16  # numbers that are put into bins at a time
 _LARGEST = 0x7F800000  # the bits of infinity
 
 
@@ -42,14 +43,20 @@ def threshold_of(magnitudes: Magnitudes, keep: int) -> Threshold:
     while True:
         low, high = int(bits.min()), int(bits.max())
         shift = max(0, (high - low).bit_length() - _BIN_BITS)
-        bins = ((bits - np.uint32(low)) >> np.uint32(shift)).astype(np.intp)
-        from_top = np.cumsum(np.bincount(bins)[::-1])
+        counts = np.zeros(((high - low) >> shift) + 1, np.intp)
+        for part in _parts(bits):
+            counts += np.bincount((part - np.uint32(low)) >> np.uint32(shift), minlength=len(counts))
+        from_top = np.cumsum(counts[::-1])
         place = int(np.searchsorted(from_top, keep))  # the first bin from the top that reaches keep
         keep -= int(from_top[place - 1]) if place else 0
         chosen = len(from_top) - 1 - place
         if shift == 0:
             return Threshold(value=_number(low + chosen), ties=keep)
-        bits = bits[bins == chosen]
+        bits = np.concatenate([part[(part - np.uint32(low)) >> np.uint32(shift) == chosen] for part in _parts(bits)])
+
+
+def _parts(bits: NDArray[np.uint32]) -> list[NDArray[np.uint32]]:
+    return [bits[start : start + _PART] for start in range(0, len(bits), _PART)]
 
 
 class Selector:
@@ -74,14 +81,32 @@ class Selector:
     def see(self, magnitudes: Magnitudes, scratch: NDArray[np.bool_], spare: NDArray[np.uint32]) -> None:
         """Take in a block; ``scratch`` and ``spare`` are as long as it."""
         bits = magnitudes.view(np.uint32)
-        self._over += int(np.count_nonzero(np.greater(bits, np.uint32(self._high), out=scratch)))
+        over = int(np.count_nonzero(np.greater(bits, np.uint32(self._high), out=scratch)))
         np.subtract(bits, np.uint32(self._low), out=spare)  # wraps where it is below the bracket
         inside = int(np.count_nonzero(np.less_equal(spare, np.uint32(self._high - self._low), out=scratch)))
+        self.take(over, inside, magnitudes[scratch] if self.collects and inside <= self._room else None)
+
+    @property
+    def bracket(self) -> tuple[int, int]:
+        """The bits of the least and the largest magnitude that this pass looks for."""
+        return self._low, self._high
+
+    @property
+    def collects(self) -> bool:
+        """Whether the magnitudes inside the bracket are wanted, and not only their number."""
+        return self._low != self._high and self._room >= 0
+
+    def take(self, over: int, inside: int, kept: Magnitudes | None) -> None:
+        """What :meth:`see` finds of a block, found elsewhere: how many lie above the bracket and inside, and these.
+
+        ``kept`` is not copied; None where they are not wanted or more than there is room for.
+        """
+        self._over += over
         self._inside += inside
-        if not inside or self._low == self._high:
+        if not inside or not self.collects:
             return
-        if self._room >= inside:
-            self._kept.append(magnitudes[scratch])
+        if kept is not None and self._room >= inside:
+            self._kept.append(kept)
             self._room -= inside
         else:
             self._room = -1  # from here on only counted

@@ -69,6 +69,14 @@ def index_json(shards: Sequence[Shard]) -> str:
     return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a tensor lies in an open file: from byte ``offset`` on."""
+
+    descriptor: int
+    offset: int
+
+
 class ShardWriter:
     """One shard being written. Blocks may come in any order and from several threads.
 
@@ -95,6 +103,10 @@ class ShardWriter:
         offset = self._shard.offsets[name] + start * block.dtype.itemsize
         if block.numel():
             _write_all(self._descriptor, block.contiguous().view(torch.uint8).numpy().data, offset)
+
+    def place(self, name: str) -> Place:
+        """Where a tensor is to be written, for who does it without :meth:`write`; valid until :meth:`close`."""
+        return Place(descriptor=self._descriptor, offset=self._shard.offsets[name])
 
     def close(self) -> None:
         """Bring the shard to disk and give it its name."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from wpmerge.blocks import Job, TensorMerge, Term, blocks
 from wpmerge.checksum import Checksum
 from wpmerge.errors import CheckpointError
+from wpmerge.fused import FusedMerge, Kernels, can_fuse, load_kernels
 from wpmerge.shards import Shard, ShardWriter
 from wpmerge.tensorfile import SafetensorsFile
 from wpmerge.workspace import Workspace
@@ -61,6 +62,7 @@ def merge_jobs(
         CheckpointError: a weight that is not finite, a file that changed.
         RecipeError: a result that overflows the output dtype.
     """
+    kernels = None if allow_nan else load_kernels(jobs)
     by_name = {job.output.name: job for job in jobs}
     total, done = sum(tensor.nbytes for shard in shards for tensor in shard.tensors), 0
     checksums: dict[str, str] = {}
@@ -81,7 +83,7 @@ def merge_jobs(
     def write(piece: _Piece) -> int:
         if not hasattr(workspaces, "one"):
             workspaces.one = Workspace()
-        return _write_piece(piece, workspaces.one, allow_nan=allow_nan)
+        return _write_piece(piece, workspaces.one, kernels, allow_nan=allow_nan)
 
     try:
         with _one_thread_per_operation(), _mapping(threads) as map_:
@@ -127,6 +129,14 @@ class _LazyWriter:
         self._open().write(name, start, block)
         self._checksums[name].add(start * block.dtype.itemsize, block)
 
+    def write_fused(self, made: FusedMerge, name: str, start: int, stop: int) -> bool:
+        """Let compiled loops write a stretch of a tensor; whether they could."""
+        part = made.write(start, stop, self._open().place(name))
+        if part is None:
+            return False
+        self._checksums[name].add_part(part)
+        return True
+
     def close(self) -> dict[str, str]:
         """Give the file its name; the checksums of its tensors."""
         self._open().close()
@@ -162,13 +172,22 @@ def _pieces(job: Job, writer: _LazyWriter) -> Iterator[_Piece]:
         yield _Piece(job=job, writer=writer, bounds=bounds[i : i + length])
 
 
-def _write_piece(piece: _Piece, workspace: Workspace, *, allow_nan: bool) -> int:
+def _write_piece(piece: _Piece, workspace: Workspace, kernels: Kernels | None, *, allow_nan: bool) -> int:
     if piece.job is None:
         return 0
-    made = TensorMerge(piece.job, workspace, allow_nan=allow_nan)
+    job, name = piece.job, piece.job.output.name
+    first, last = piece.bounds[0][0], piece.bounds[-1][1]
+    nbytes = (last - first) * job.output.dtype.itemsize
+    if kernels is not None and can_fuse(job):
+        fused = FusedMerge(job, workspace, kernels)
+        if piece.writer.write_fused(fused, name, first, last):
+            return nbytes
+        made = fused.plain
+    else:
+        made = TensorMerge(job, workspace, allow_nan=allow_nan)
     for start, stop in piece.bounds:
-        piece.writer.write(piece.job.output.name, start, made.block(start, stop))
-    return (piece.bounds[-1][1] - piece.bounds[0][0]) * piece.job.output.dtype.itemsize
+        piece.writer.write(name, start, made.block(start, stop))
+    return nbytes
 
 
 def _stored_checksums(path: Path) -> dict[str, str]:

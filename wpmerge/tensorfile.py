@@ -12,7 +12,7 @@ import pickle
 import weakref
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
@@ -45,6 +45,7 @@ class TensorInfo:
 
     ``offset`` is the absolute byte offset of its first element in ``file``; -1 where the file is memory-mapped or the
     values are computed (legacy pickles, low-rank adapters). ``nbytes`` counts the bytes of its elements in ``dtype``.
+    ``descriptor`` is the file as :class:`SafetensorsFile` holds it open, -1 elsewhere.
     """
 
     name: str
@@ -53,6 +54,7 @@ class TensorInfo:
     file: Path
     offset: int
     nbytes: int
+    descriptor: int = field(default=-1, repr=False, compare=False)
 
     @property
     def numel(self) -> int:
@@ -91,7 +93,10 @@ class SafetensorsFile:
             raise CheckpointError("cannot open a weights file", where=path, got=error.strerror) from None
         weakref.finalize(self, os.close, self._descriptor)
         header, data_start, data_bytes = self._read_header()
-        self.tensors: Mapping[str, TensorInfo] = _check_header(path, header, data_start, data_bytes)
+        infos = _check_header(path, header, data_start, data_bytes)
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: replace(info, descriptor=self._descriptor) for name, info in infos.items()
+        }
 
     def _read_header(self) -> tuple[dict[str, Any], int, int]:
         size = os.fstat(self._descriptor).st_size

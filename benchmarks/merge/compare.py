@@ -1,7 +1,7 @@
 """wpmerge's merge against mergekit-yaml and against the cost of reading and writing alone.
 
-    python benchmarks/merge/compare.py            # 1.03 billion parameters; 20 GB of disk, some 20 minutes
-    python benchmarks/merge/compare.py --small    # a quick look
+    python -m benchmarks.merge.compare            # 1.03 billion parameters; 20 GB of disk, some 20 minutes
+    python -m benchmarks.merge.compare --small    # a quick look
 
 Random bfloat16 Llamas, a base and three experts in four shards each, are made in a temporary folder. Every measured
 run is a process of its own with warm inputs; bringing the output to disk is left out on both sides, and outputs are
@@ -17,14 +17,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
-from models import make_family  # type: ignore[import-not-found]  # its sibling; a script has no package
+
+from benchmarks.merge.models import make_family
+from benchmarks.processes import measure
 
 HERE = Path(__file__).resolve().parent
 OURS = "import sys; from pathlib import Path; from wpmerge.merge import merge_recipe; merge_recipe(Path(sys.argv[1]), Path(sys.argv[2]), threads=int(sys.argv[3]), sync=False)"  # noqa: E501
@@ -55,43 +56,6 @@ def warm(models: list[Path]) -> None:
             with file.open("rb", buffering=0) as opened:
                 while opened.readinto(buffer):
                     pass
-
-
-def measure(command: list[str], log: Path) -> dict[str, float]:
-    """Run a command: wall and CPU seconds, peak resident and peak anonymous memory in MB."""
-    os.sync()
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    began = time.perf_counter()
-    with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-        peaks = {"RssAnon": 0, "VmHWM": 0}
-        watcher = threading.Thread(target=_watch, args=(process.pid, peaks), daemon=True)
-        watcher.start()
-        _, status, usage = os.wait4(process.pid, 0)  # its ru_maxrss would include this process before exec
-        wall = time.perf_counter() - began
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{command[:4]} failed:\n{log.read_text()[-2000:]}")
-    return {
-        "wall_s": wall,
-        "cpu_s": usage.ru_utime + usage.ru_stime,
-        "rss_mb": peaks["VmHWM"] / 1024,
-        "anonymous_mb": peaks["RssAnon"] / 1024,
-    }
-
-
-def _watch(pid: int, peaks: dict[str, int]) -> None:
-    while True:
-        try:
-            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        except OSError:
-            return
-        found = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "VmHWM:"))}
-        if not found:
-            return
-        for key, value in found.items():
-            peaks[key] = max(peaks[key], value)
-        time.sleep(0.01)
 
 
 def compare_outputs(ours: Path, theirs: Path) -> dict[str, float]:
@@ -178,7 +142,7 @@ def hardware() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load_before": round(os.getloadavg()[0], 2),
-        "versions": {name: version(name) for name in ("wpmerge", "mergekit", "torch", "numpy")},
+        "versions": {name: version(name) for name in ("wpmerge", "mergekit", "torch", "numpy", "numba")},
         "python": platform.python_version(),
         "commit": commit.stdout.strip(),
         "date": time.strftime("%Y-%m-%d"),

@@ -32,6 +32,7 @@ def shapes(hidden: int, inner: int, layers: int, kv: int, vocab: int) -> dict[st
 SIZES = {
     "tiny": {"hidden": 64, "inner": 128, "layers": 2, "kv": 32, "vocab": 256},
     "small": {"hidden": 1024, "inner": 2816, "layers": 4, "kv": 256, "vocab": 8000},
+    "scoring": {"hidden": 2048, "inner": 5632, "layers": 22, "kv": 256, "vocab": 32000},
     "full": {"hidden": 2048, "inner": 5632, "layers": 20, "kv": 512, "vocab": 32000},
     "double": {"hidden": 2048, "inner": 5632, "layers": 43, "kv": 512, "vocab": 32000},
 }
@@ -91,7 +92,7 @@ def _weights(name: str, shape: tuple[int, ...], number: int) -> torch.Tensor:
         stop = min(start + CHUNK, out.numel())
         seed = [ord(letter) for letter in name] + [start]
         block = np.random.default_rng(seed).standard_normal(stop - start, dtype=np.float32) * np.float32(0.02)
-        base = torch.from_numpy(block).bfloat16()
+        base = torch.from_numpy(block + np.float32(name.endswith("norm.weight"))).bfloat16()
         if number:
             noise = np.random.default_rng([*seed, number]).standard_normal(stop - start, dtype=np.float32)
             base = (base.float() + torch.from_numpy(noise * np.float32(0.002))).bfloat16()

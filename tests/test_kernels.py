@@ -1,0 +1,319 @@
+"""Compiled loops against the reference in plain tensor operations, to the bit."""
+
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import write_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import wpmerge.blocks
+import wpmerge.fused
+from wpmerge import kernels
+from wpmerge.blocks import Job, TensorMerge, Term, blocks
+from wpmerge.checkpoint import open_checkpoint
+from wpmerge.checksum import KEYS, PERIOD, Checksum, checksum, odd_numbers
+from wpmerge.errors import CheckpointError, RecipeError, WpmergeError
+from wpmerge.fused import FusedMerge, can_fuse
+from wpmerge.plan import Coefficient
+from wpmerge.shards import OutputTensor, Place, layout_shards
+from wpmerge.streaming import merge_jobs
+from wpmerge.workspace import Workspace
+
+# zeros of both signs, subnormals, neighbours of 1 that make rounding ties, magnitudes whose sums overflow
+ODD = [0.0, -0.0, 1e-40, -1e-40, 9.2e-41, 1.0, 1.0078125, -0.99609375, 256.0, 3.3e38, -3.3e38, math.inf, math.nan]
+
+
+def opened(place, tensors):
+    return [open_checkpoint(write_checkpoint(place / str(i), {"x": tensor})) for i, tensor in enumerate(tensors)]
+
+
+def job_of(models, coefficients, *, method="task_arithmetic", densities=None, normalize=False, scale=1.0):
+    densities = densities or [1.0] * len(coefficients)
+    terms = tuple(
+        Term(checkpoint=model, tensor="x", coefficient=coefficient, density=density)
+        for model, coefficient, density in zip(models[1:], coefficients, densities, strict=False)
+    )
+    output = OutputTensor(name="x", shape=models[0].tensors["x"].shape, dtype=torch.bfloat16)
+    return Job(output=output, base=(models[0], "x"), terms=terms, method=method, normalize=normalize, scale=scale)
+
+
+def by_plain(made, shape):
+    """The bits of a tensor, or the error that its making ends in."""
+    out = torch.empty(math.prod(shape), dtype=torch.bfloat16)
+    try:
+        for start, stop in blocks(shape):
+            out[start:stop] = made.block(start, stop)
+    except WpmergeError as error:
+        return type(error), str(error)
+    return out.view(torch.int16).tolist()
+
+
+def by_loops(job, file, step):
+    """The same by compiled loops, ``step`` elements at a time; the plain way where they give up."""
+    made, numel, total = FusedMerge(job, Workspace(), kernels), math.prod(job.output.shape), Checksum()
+    file.write_bytes(bytes(24))  # what stands before the tensor
+    descriptor = os.open(file, os.O_RDWR)
+    try:
+        for start in range(0, numel, step):
+            part = made.write(start, min(numel, start + step), Place(descriptor=descriptor, offset=24))
+            if part is None:
+                return by_plain(made.plain, job.output.shape)
+            total.add_part(part)
+    finally:
+        os.close(descriptor)
+    data = file.read_bytes()
+    assert data[:24] == bytes(24)
+    out = torch.frombuffer(bytearray(data[24:]), dtype=torch.bfloat16)
+    assert total.text() == checksum(out)
+    return out.view(torch.int16).tolist()
+
+
+@given(
+    method=st.sampled_from(["task_arithmetic", "ties"]),
+    shape=st.sampled_from([(1,), (7,), (5000,), (3, 1700), (700, 7), (9, 20, 25), (2049, 2)]),
+    axes=st.lists(st.sampled_from([None, 0, 1]), min_size=1, max_size=4),
+    densities=st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.93, 1.0]), min_size=4, max_size=4),
+    normalize=st.booleans(),
+    scale=st.sampled_from([1.0, 0.7]),
+    negative=st.booleans(),
+    coarse=st.booleans(),
+    odd=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 10**6), st.sampled_from(ODD)), max_size=6),
+    zeros=st.booleans(),
+    block=st.sampled_from([8, 1000, 2**18]),
+    sample=st.sampled_from([512, 2048]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=150, deadline=None)
+def test_fused_is_plain(
+    tmp_path_factory,
+    method,
+    shape,
+    axes,
+    densities,
+    normalize,
+    scale,
+    negative,
+    coarse,
+    odd,
+    zeros,
+    block,
+    sample,
+    seed,
+):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(shape, generator=generator) for _ in range(len(axes) + 1)]
+    if coarse:  # many equal magnitudes
+        tensors = [(tensor * 4).round() / 4 for tensor in tensors]
+    if zeros:  # a vote between zeros of either sign
+        tensors = [torch.where(torch.rand(shape, generator=generator) < 0.3, t.sign() * 0.0, t) for t in tensors]
+    tensors = [tensor.bfloat16() for tensor in tensors]
+    for which, place, value in odd:
+        tensors[which % len(tensors)].view(-1)[place % math.prod(shape)] = value
+    models = opened(tmp_path_factory.mktemp("fused"), tensors)
+    coefficients = []
+    for wanted in axes:
+        axis = wanted if wanted is not None and wanted < len(shape) else None
+        values = torch.rand(() if axis is None else shape[axis], generator=generator) - 0.5 * negative
+        coefficients.append(Coefficient(values=values, axis=axis))
+    job = job_of(models, coefficients, method=method, densities=densities, normalize=normalize, scale=scale)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wpmerge.blocks, "BLOCK_ELEMENTS", block)
+        patch.setattr(wpmerge.blocks, "SAMPLE", sample)
+        patch.setattr(wpmerge.blocks, "_RUN", 256)
+        assert can_fuse(job)
+        plain = by_plain(TensorMerge(job, Workspace()), shape)
+        file, step = tmp_path_factory.mktemp("out") / "x", block if method == "task_arithmetic" else 2**20
+        assert by_loops(job, file, step) == plain
+
+
+def test_no_product_is_fused_with_a_sum(tmp_path):
+    """A fused multiply-add would leave the rounding error of the first product."""
+    term = torch.tensor([1.0078125]).bfloat16()
+    number = 1 + torch.tensor(2.0**-20)
+    models = opened(tmp_path, [torch.zeros(1).bfloat16(), term, term])
+    job = job_of(models, [Coefficient(values=number), Coefficient(values=-number)])
+    assert by_loops(job, tmp_path / "x", 8) == [0]
+
+
+def test_a_file_that_shrinks_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(wpmerge.fused, "WORTH_COMPILING", 0)
+    models = opened(tmp_path, [torch.zeros(400).bfloat16(), torch.ones(400).bfloat16()])
+    file = tmp_path / "1" / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 100)
+    for method in ("task_arithmetic", "ties"):
+        job = job_of(models, [Coefficient(values=torch.tensor(2.0))], method=method, densities=[0.5])
+        (tmp_path / method).mkdir()
+        with pytest.raises(CheckpointError, match="became shorter"):
+            merge_jobs([job], layout_shards([job.output], 10**9), tmp_path / method)
+
+
+@given(
+    n=st.sampled_from([1, 40, 5000]),
+    low=st.floats(0, 1, width=32),
+    width=st.integers(0, 2**22),
+    coarse=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_look_counts_and_collects(n, low, width, coarse, seed):
+    generator = torch.Generator().manual_seed(seed)
+    stored = torch.randn(3, n, generator=generator)
+    stored = ((stored * 4).round() / 4 if coarse else stored).bfloat16()
+    lows = np.array([low, low / 2], np.float32).view(np.uint32)
+    highs = lows + np.uint32(width)
+    over, inside, kept = np.zeros(2, np.int64), np.zeros(2, np.int64), np.zeros((2, n), np.uint32)
+    collect = np.array([True, False])
+    kernels.look(stored.view(torch.uint16).numpy(), n, lows, highs, collect, over, inside, kept)
+    bits = (stored[1:].float() - stored[0].float()).abs().numpy().view(np.uint32)
+    within = (bits >= lows[:, None]) & (bits <= highs[:, None])
+    assert over.tolist() == (bits > highs[:, None]).sum(1).tolist()
+    assert inside.tolist() == within.sum(1).tolist()
+    assert kept[0, : inside[0]].tolist() == bits[0][within[0]].tolist()
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 1001, 3 * 4 * PERIOD + 6])
+@pytest.mark.parametrize("step", [4, 4 * PERIOD - 8, 4 * PERIOD, 10**6])
+def test_dot64_is_the_checksum(n, step):
+    if step == 4 and n > 2000:
+        pytest.skip("a hundred thousand calls say no more")
+    numbers = np.random.default_rng(n).integers(0, 2**16, n, np.uint16)
+    total = np.zeros(1, np.uint64)
+    for start in range(0, n, step):
+        kernels.dot64(numbers[start : start + step], start, KEYS, odd_numbers(2 * n), total)
+    made = Checksum()
+    made.add_part(int(total[0]))
+    assert made.text() == checksum(torch.tensor(numbers.view(np.int16)))
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_what_cannot_be_written_is_left_to_the_plain_way(tmp_path, method):
+    models = opened(tmp_path, [torch.zeros(400).bfloat16(), torch.ones(400).bfloat16()])
+    job = job_of(models, [Coefficient(values=torch.tensor(2.0))], method=method, densities=[0.5])
+    (tmp_path / "x").touch()
+    with (tmp_path / "x").open("rb") as file:
+        assert FusedMerge(job, Workspace(), kernels).write(0, 400, Place(descriptor=file.fileno(), offset=0)) is None
+
+
+def family(place, shape=(300, 70)):
+    generator = torch.Generator().manual_seed(0)
+    names = ["a", "b", "c"]
+    return [
+        open_checkpoint(
+            write_checkpoint(place / f"m{i}", {n: torch.randn(shape, generator=generator).bfloat16() for n in names})
+        )
+        for i in range(3)
+    ], names
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_merges_on_disk_are_the_same_with_any_threads(tmp_path, monkeypatch, method):
+    monkeypatch.setattr(wpmerge.blocks, "BLOCK_ELEMENTS", 1024)
+    monkeypatch.setattr(wpmerge.blocks, "SAMPLE", 2048)
+    models, names = family(tmp_path)
+    jobs = [
+        Job(
+            output=OutputTensor(name=name, shape=(300, 70), dtype=torch.bfloat16),
+            base=(models[0], name),
+            terms=tuple(
+                Term(checkpoint=model, tensor=name, coefficient=Coefficient(values=torch.rand(70), axis=1), density=0.4)
+                for model in models[1:]
+            ),
+            method=method,
+            normalize=method == "ties",
+        )
+        for name in names
+    ]
+    shards = layout_shards([job.output for job in jobs], 10**5)
+    found = []
+    for worth, threads in [(2**60, 1), (0, 1), (0, 4)]:
+        monkeypatch.setattr(wpmerge.fused, "WORTH_COMPILING", worth)
+        out = tmp_path / f"{worth}-{threads}"
+        out.mkdir()
+        checksums = merge_jobs(jobs, shards, out, threads=threads)
+        found.append((checksums, [(out / shard.name).read_bytes() for shard in shards]))
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused_by_name(tmp_path, monkeypatch, method, culprit, value):
+    monkeypatch.setattr(wpmerge.fused, "WORTH_COMPILING", 0)
+    tensors = [torch.zeros(30, 20).bfloat16(), torch.ones(30, 20).bfloat16()]
+    tensors[culprit][13, 7] = value
+    models = opened(tmp_path, tensors)
+    job = job_of(models, [Coefficient(values=torch.tensor(0.0))], method=method, densities=[0.5])
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match="flat index 267") as caught:
+        merge_jobs([job], layout_shards([job.output], 10**9), tmp_path / "out")
+    assert caught.value.where == f"x in {tmp_path / str(culprit) / 'model.safetensors'}"
+
+
+def test_overflow_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(wpmerge.fused, "WORTH_COMPILING", 0)
+    models = opened(tmp_path, [torch.zeros(4).bfloat16(), torch.full((4,), 3e38).bfloat16()])
+    job = job_of(models, [Coefficient(values=torch.tensor(2.0))])
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RecipeError, match="overflows bfloat16"):
+        merge_jobs([job], layout_shards([job.output], 10**9), tmp_path / "out")
+
+
+def test_only_jobs_that_are_bfloat16_throughout_are_fused(tmp_path):
+    half = torch.ones(4, 4).bfloat16()
+    models = opened(tmp_path, [half, half, half.float()])
+    one = Coefficient(values=torch.tensor(1.0))
+    assert can_fuse(job_of(models[:2], [one]))
+    assert not can_fuse(job_of([models[0], models[2]], [one]))
+    assert not can_fuse(job_of([models[2], models[0]], [one]))
+    assert not can_fuse(job_of(models[:2], [one], method="dare_ties"))
+    assert not can_fuse(job_of(models[:1], []))
+
+
+def test_small_merges_do_not_import_numba(tmp_path):
+    models, _ = family(tmp_path)
+    program = """
+import sys
+from pathlib import Path
+from wpmerge.cli import main
+try:
+    main()
+finally:
+    assert "numba" not in sys.modules
+"""
+    recipe = tmp_path / "recipe.yml"
+    listed = "".join(f"  - model: {model.path}\n    parameters: {{weight: 0.5}}\n" for model in models[1:])
+    recipe.write_text(f"merge_method: task_arithmetic\nbase_model: {models[0].path}\nmodels:\n{listed}dtype: float32\n")
+    command = [sys.executable, "-c", program, "merge", str(recipe), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_machine_code_that_cannot_be_kept_is_used_all_the_same(tmp_path):
+    """The kernel's limit on a file's size stands for a full disk."""
+    program = """
+import resource, signal
+from wpmerge import kernels
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1, 1))
+kernels.prepare(ties=False)
+"""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert not [file for file in (tmp_path / "cache").rglob("*.nbc") if file.stat().st_size]
+
+
+def test_without_numba_a_large_merge_says_so_and_goes_on(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(wpmerge.fused, "WORTH_COMPILING", 0)
+    monkeypatch.setitem(sys.modules, "wpmerge.kernels", None)
+    monkeypatch.delattr("wpmerge.kernels")
+    models = opened(tmp_path, [torch.zeros(4).bfloat16(), torch.ones(4).bfloat16()])
+    job = job_of(models, [Coefficient(values=torch.tensor(2.0))])
+    assert wpmerge.fused.load_kernels([job]) is None
+    assert "numba cannot be used" in caplog.text
