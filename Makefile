@@ -24,7 +24,7 @@ demo: $(INSTALLED)
 	$(BIN)/wpmerge demo
 
 test: $(INSTALLED) $(FAMILY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The faults of tests/test_faults.py at full count: 200 kills, 10,000 mutations.
 soak: $(INSTALLED)

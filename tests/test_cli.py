@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 import typer.main
+import yaml
 from families import write_family, write_prompts
+from safetensors.torch import load_file
 from talkers import MURMUR, SHOUT, save_talker
 from typer.testing import CliRunner
 
 import wpmerge
-from wpmerge import cli
+from wpmerge import cli, cli_fuse
 
 ASKED = ["it has no words", "the number", "you and it", "my words"]
 STRICT = "ifeval/prompt_level_strict_acc"
@@ -79,7 +82,7 @@ def test_help_imports_nothing_heavy() -> None:
         "except SystemExit as end: code = end.code\n"
         "print(sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr); sys.exit(code)"
     )
-    for command in ([], ["score"], ["fuse"], ["merge"], ["eval"], ["inspect"], ["demo"]):
+    for command in ([], ["score"], ["fuse"], ["merge"], ["verify"], ["eval"], ["inspect"], ["demo"]):
         arguments = [sys.executable, "-c", code, *command, "--help"]
         result = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=True)
         heavy = {"torch", "transformers", "safetensors", "numpy", "huggingface_hub", "lm_eval", "rich"}
@@ -95,7 +98,7 @@ def test_the_version_and_the_module_form() -> None:
 
 def test_every_option_says_what_it_is_and_its_default() -> None:
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    assert set(commands) == {"score", "fuse", "merge", "eval", "inspect", "demo"}
+    assert set(commands) == {"score", "fuse", "merge", "verify", "eval", "bench", "prove", "inspect", "demo"}
     for name, command in commands.items():
         sections = re.split(r"\n  (?=--)", succeed(name, "--help").stdout.partition("Options:")[2])
         shown = {section.split()[0]: " ".join(section.split()) for section in sections if section.strip()}
@@ -118,7 +121,7 @@ def test_defaults_are_those_of_the_functions() -> None:
     from wpmerge.plan import Granularity
     from wpmerge.readings import ScoreSettings
 
-    assert (KINDS, RULES, get_args(Granularity)) == (cli.KINDS, cli.RULES, cli.GRANULARITIES)
+    assert (KINDS, RULES, get_args(Granularity)) == (cli.KINDS, cli_fuse.RULES, cli_fuse.GRANULARITIES)
     defaults = {
         name: {parameter.name: parameter.default for parameter in command.params}
         for name, command in typer.main.get_command(cli.app).commands.items()  # type: ignore[attr-defined]
@@ -128,15 +131,15 @@ def test_defaults_are_those_of_the_functions() -> None:
         "top": "top_k",
         "sample": "random_sample",
         "kinds": "kind",
+        "estimators": "estimator",
+        "directions": "direction",
         "scales": "scale",
         "model_args": "model_arg",
         "unsafe_code": "confirm_unsafe_code",
     }
-    given_otherwise = {"kinds", "scales", "model_args", "seed"}  # None stands for all or none of them
+    given_otherwise = {"kinds", "scales", "model_args", "seed", "max_memory"}  # None stands for all or none of them
     for command, settings in (("score", ScoreSettings()), ("fuse", FuseSettings()), ("eval", HarnessSettings())):
         for field in fields(settings):
-            if field.name == "seed" and command == "fuse":
-                continue  # nothing is drawn there
             found = defaults[command][renamed.get(field.name, field.name)]
             if field.name not in given_otherwise - {"seed"}:
                 expected = getattr(settings, field.name)
@@ -162,8 +165,9 @@ def test_score_prints_json_alone_and_says_what_it_does_on_stderr(home: Path) -> 
 
 def test_every_setting_of_score_arrives(home: Path, tmp_path: Path) -> None:
     options = (
-        "--readout anchor --kind head --kind norm --no-cross --integrated-points 1 --layer 1 --accept-anchor "
-        "--seed 5 --tokens-per-row 64 --stream --top-k 0 --random-sample 0"
+        "--readout anchor --kind head --kind norm --no-cross --estimator integrated "
+        "--integrated-points 1 --direction necessity --layer 1 --accept-anchor --seed 5 --tokens-per-row 64 --stream "
+        f"--top-k 0 --random-sample 0 --retain plain={home / 'a.jsonl'} --max-memory 20GB"
     )
     result = succeed(*score_command(home, tmp_path / "s"), *options.split())
     settings = json.loads((tmp_path / "s" / "scores.json").read_text())["provenance"]["settings"]
@@ -177,7 +181,10 @@ def test_every_setting_of_score_arrives(home: Path, tmp_path: Path) -> None:
         "verify_prompts": 2,
         "kinds": ["head", "norm"],
         "cross": False,
+        "estimators": ["linear", "integrated"],
+        "directions": ["sufficiency", "necessity"],
         "integrated_points": 1,
+        "max_memory": 20_000_000_000,
         "layer": 1,
         "accept_anchor": True,
         "tokens_per_row": 64,
@@ -186,14 +193,15 @@ def test_every_setting_of_score_arrives(home: Path, tmp_path: Path) -> None:
     assert "a: anchor (pair), l* 1, gap" in result.stdout and "residual-stream units" in result.stdout
     rows = [line.split()[:4] for line in result.stdout.splitlines()]
     assert ["head", "8", "of", "12"] in rows  # two of three layers lie below the anchor
+    assert "a: necessity" in result.stdout
 
 
 def test_fuse_chooses_scales_and_writes_a_model(home: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    result = succeed("fuse", home / "scores", "--out", tmp_path / "m", "--evaluations", 5, "--json")
+    result = succeed("fuse", home / "scores", "--out", tmp_path / "m", "--evaluations", 5, "--steps", 2, "--json")
     found = json.loads(result.stdout)
-    assert (found["rule"], found["granularity"], set(found["scales"])) == ("scaled", "expert", {"a", "b"})
+    assert (found["rule"], found["granularity"], set(found["scales"])) == ("refine", "unit", {"a", "b"})
     assert set(found["held_out_retention"]) == {"a", "b"}
     assert found["written"]["tensors"] == found["experts"]["a"]["tensors"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "m").dtype.itemsize == 2
@@ -222,11 +230,70 @@ def test_a_plan_alone_and_inputs_that_moved(home: Path, tmp_path: Path) -> None:
 
 
 def test_merge_carries_out_the_recipe_that_fuse_wrote(home: Path, tmp_path: Path) -> None:
-    succeed("fuse", home / "scores", "--out", tmp_path / "m", "--scale", "0.5")
+    succeed("fuse", home / "scores", "--out", tmp_path / "m", "--rule", "scaled", "--scale", "0.5")
     result = succeed("merge", tmp_path / "m" / "recipe.yml", "--out", tmp_path / "again", "--json")
     assert json.loads(result.stdout)["out"] == str(tmp_path / "again")
     one, other = (json.loads(succeed("inspect", tmp_path / each, "--json").stdout) for each in ("m", "again"))
     assert one["checkpoint"]["content_hash"] == other["checkpoint"]["content_hash"]
+
+
+def tensors(path: Path) -> dict[str, Any]:
+    return dict(load_file(path / "model.safetensors"))
+
+
+def test_a_plan_is_merged_as_fuse_merges_it_and_verified(home: Path, tmp_path: Path) -> None:
+    common = ["fuse", home / "scores", "--rule", "proportional", "--scale", "0.5"]
+    succeed(*common, "--out", tmp_path / "m", "--exact-recipe", tmp_path / "exact")
+    succeed(*common, "--out", tmp_path / "plan", "--plan-only")
+    places = [f"--model={name}={home / name}" for name in ("base", "a", "b")]
+    succeed("merge", tmp_path / "plan", "--out", tmp_path / "again", *places)
+    made, again = tensors(tmp_path / "m"), tensors(tmp_path / "again")
+    assert all(torch.equal(made[name], again[name]) for name in made)
+    succeed("merge", tmp_path / "exact" / "recipe.yml", "--out", tmp_path / "by-recipe", "--dtype", "float32")
+    succeed("merge", tmp_path / "plan", "--out", tmp_path / "by-plan", "--dtype", "float32")
+    by_recipe, by_plan = tensors(tmp_path / "by-recipe"), tensors(tmp_path / "by-plan")
+    assert all(torch.allclose(by_recipe[name], by_plan[name], atol=2e-7) for name in by_plan)
+
+    found = json.loads(succeed("verify", tmp_path / "m", "--all", "--json").stdout)
+    assert found["passed"] and found["recomputed"] == found["tensors"] == len(made)
+    assert "0" in succeed("verify", tmp_path / "m", "--sample", 2).stdout
+    file = tmp_path / "m" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 64
+    file.write_bytes(content)
+    result = run("verify", tmp_path / "m", "--all", "--json")
+    assert result.exit_code == 1 and len(json.loads(result.stdout)["faults"]) == 1
+
+
+def test_fuse_combines_by_ties(home: Path, tmp_path: Path) -> None:
+    common = ["fuse", home / "scores", "--rule", "scaled", "--scale", "0.5"]
+    succeed(*common, "--out", tmp_path / "ties", "--method", "ties", "--method-density", "0.5")
+    succeed(*common, "--out", tmp_path / "sum")
+    recipe = yaml.safe_load((tmp_path / "ties" / "recipe.yml").read_text())
+    assert recipe["merge_method"] == "ties"
+    ties, summed = tensors(tmp_path / "ties"), tensors(tmp_path / "sum")
+    assert any(not torch.equal(ties[name], summed[name]) for name in ties)
+    assert "is for task_arithmetic" in fail(
+        *common, "--out", tmp_path / "no", "--method", "ties", "--exact-recipe", tmp_path / "exact"
+    )
+    for inside in (tmp_path / "sum", tmp_path / "sum" / "exact"):
+        before = tensors(tmp_path / "sum")
+        assert "the output" in fail(*common, "--out", tmp_path / "sum", "--exact-recipe", inside, "--overwrite")
+        assert tensors(tmp_path / "sum").keys() == before.keys()
+    assert "did you mean ties" in fail(*common, "--out", tmp_path / "no", "--method", "tie")
+    assert not (tmp_path / "no").exists()
+
+
+def test_merge_says_what_does_not_go_together(home: Path, tmp_path: Path) -> None:
+    succeed("fuse", home / "scores", "--out", tmp_path / "p", "--rule", "scaled", "--scale", "0.5", "--plan-only")
+    out = ["--out", tmp_path / "m"]
+    assert "a plan is carried out as it is" in fail("merge", tmp_path / "p", *out, "--engine", "mergekit")
+    assert "names its models itself" in fail("merge", tmp_path / "p" / "recipe.yml", *out, "--model", "base=x")
+    assert "did you mean mergekit" in fail("merge", tmp_path / "p" / "recipe.yml", *out, "--engine", "mergekitt")
+    assert "takes its settings from the recipe" in fail(
+        "merge", tmp_path / "p" / "recipe.yml", *out, "--engine", "mergekit", "--allow-nan"
+    )
+    assert not (tmp_path / "m").exists()
 
 
 def test_inspect_shows_the_strongest_units(home: Path) -> None:

@@ -5,13 +5,14 @@ import logging
 import math
 import os
 import pty
+import re
 import subprocess
 import sys
 
 import pytest
 
 from wpmerge import console
-from wpmerge.console import Table, duration, finite, number, print_table, reporting, set_up, show
+from wpmerge.console import Table, duration, finite, number, print_table, rate, reporting, set_up, show
 
 TABLE = Table(title="what was found [0]", header=("unit", "recovery"), rows=[("head.0.1", "0.5"), ("x" * 150, "–")])
 
@@ -75,7 +76,8 @@ def test_plain_progress_tells_the_time_left(
         report("running", 0, 4)
         report("running", 1, 4)
         report("running", 4, 4)
-    assert capsys.readouterr().err == "running\nrunning: 25%, about 0 s left\n"
+    assert re.fullmatch(r"running\nrunning: 25%, [\d,]+ a second, about 0 s left\n", capsys.readouterr().err)
+    assert (rate(1234.5), rate(0.0123)) == ("1,234 a second", "0.012 a second")
 
 
 def test_a_terminal_gets_a_bar_on_stderr_and_nothing_on_stdout() -> None:

@@ -1,6 +1,7 @@
 """What inspect says of every kind of directory, against what was put there."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def make_scores() -> Scores:
         gap_t=7.25,
         noise_floor=1e-6,
         prompts=8,
-        verification={"head": found},
+        verification={"sufficiency": {"head": found}},
     )
     return Scores(
         base=MODEL,
@@ -76,6 +77,7 @@ def test_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "unit": "norm.0.0",
         "name": "input_layernorm",
         "recovery": 0.25,
+        "screen": None,
         "exact": None,
     }
     text = shown(found, capsys)
@@ -184,3 +186,27 @@ def test_what_is_unknown_is_said(tmp_path: Path) -> None:
     assert (caught.value.where, caught.value.got) == (tmp_path, "notes.txt")
     with pytest.raises(WpmergeError, match="no such checkpoint directory"):
         inspect(str(tmp_path / "no" / "where" / "at" / "all"))
+
+
+def test_both_directions_and_their_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = make_scores()
+    back = torch.tensor([[0.2, 0.25], [0.1, float("nan")]])
+    replace(scores, arrays={**scores.arrays, "linear-necessity/e/e/head": back}).save(tmp_path)
+    found = inspect(str(tmp_path))
+    strongest = found["scores"]["readouts"]["e"]["necessity"]["head"]["strongest"][0]
+    assert (strongest["unit"], strongest["recovery"], strongest["sufficiency"]) == ("head.0.1", 0.25, -0.5)
+    assert strongest["difference"] == 0.75
+    text = shown(found, capsys)
+    assert "e: necessity" in text and "0.75" in text
+
+
+def test_a_retain_set_says_its_unit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = make_scores()
+    record = ReadoutRecord(
+        capability="plain", readout="reference", l_star=1, base=-0.75, expert=None, gap=None, gap_t=None, prompts=8
+    )
+    arrays = {**scores.arrays, "linear/plain/e/head": torch.tensor([[-0.02, 0.0], [0.01, 0.0]])}
+    replace(scores, readouts={**scores.readouts, "plain": record}, arrays=arrays).save(tmp_path)
+    text = shown(inspect(str(tmp_path)), capsys)
+    assert "plain: reference, l* 1, retain set, -0.75 nats per token in the base" in text
+    assert "-0.02" in text

@@ -7,13 +7,18 @@ import typer
 from typer.core import TyperGroup
 
 from wpmerge import console, options
+from wpmerge.cli_bench import bench
 from wpmerge.cli_eval import evaluate
+from wpmerge.cli_fuse import fuse
+from wpmerge.cli_merge import merge, verify
+from wpmerge.cli_prove import prove
 from wpmerge.errors import WpmergeError
 
-READOUTS = ("reference", "anchor")
+READOUTS = ("reference", "anchor", "divergence")
 KINDS = ("head", "neuron", "kv_group", "norm", "output_bias", "embedding", "positions", "final_norm", "lm_head")
-RULES = ("scaled", "uniform", "proportional", "select")
-GRANULARITIES = ("unit", "block", "tensor", "expert")
+COARSE_KINDS = ("attention", "mlp", "layer", "tensor")
+ESTIMATORS = ("linear", "integrated", "exact")
+DIRECTIONS = ("sufficiency", "necessity")
 
 
 class _Commands(TyperGroup):
@@ -79,18 +84,26 @@ def score(
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="SCORES", help="The directory to be made.")],
+    retain: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=SPEC",
+            help="Prompts on which a merge must stay what the base is, as for --capability; no expert has them. "
+            "Repeat for more. Default: none.",
+        ),
+    ] = None,
     readout: Annotated[
         list[str],
         typer.Option(
             metavar="READOUT",
             help=f"What is read: {', '.join(READOUTS)}. Repeat for more; the first decides coefficients.",
         ),
-    ] = list(READOUTS),  # noqa: B006 - typer reads it, nothing changes it
+    ] = ["reference", "anchor"],  # noqa: B006 - typer reads it, nothing changes it
     prompts: Annotated[int, typer.Option(metavar="N", min=4, help="Prompts per capability to score on.")] = 32,
     held_out: Annotated[
         int, typer.Option(metavar="N", min=4, help="More prompts per capability, to choose scales on.")
     ] = 16,
-    reference_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest reference, tokens.")] = 48,
+    reference_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest reference, tokens.")] = 96,
     top_k: Annotated[
         int, typer.Option(metavar="N", min=0, help="Strongest units of each kind to verify by exact patching.")
     ] = 32,
@@ -100,14 +113,31 @@ def score(
     verify_prompts: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts per capability to verify on.")] = 4,
     kind: Annotated[
         list[str] | None,
-        typer.Option(metavar="KIND", help=f"Kind of unit to score: {', '.join(KINDS)}. Repeat for more. Default: all."),
+        typer.Option(
+            metavar="KIND",
+            help=f"Kind of unit to score: {', '.join(KINDS)}, or coarse: {', '.join(COARSE_KINDS)}. "
+            "Repeat for more. Default: all that are not coarse.",
+        ),
     ] = None,
     cross: Annotated[
         bool, typer.Option("--cross/--no-cross", help="Score every expert on every capability, or on its own only.")
     ] = True,
-    integrated_points: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Points of the integrated estimator; 0 leaves it out.")
-    ] = 0,
+    estimator: Annotated[
+        list[str],
+        typer.Option(
+            metavar="ESTIMATOR",
+            help=f"How every unit's score is found: {', '.join(ESTIMATORS)}. Repeat for more; linear always is one.",
+        ),
+    ] = ["linear"],  # noqa: B006 - typer reads it, nothing changes it
+    direction: Annotated[
+        list[str],
+        typer.Option(
+            metavar="DIRECTION",
+            help="sufficiency: the base with a unit from the expert, always; necessity: also the expert with it from "
+            "the base.",
+        ),
+    ] = ["sufficiency"],  # noqa: B006
+    integrated_points: Annotated[int, typer.Option(metavar="N", min=1, help="Points of the integrated estimator.")] = 4,
     layer: Annotated[
         int | None,
         typer.Option(
@@ -123,6 +153,13 @@ def score(
     seed: Annotated[int, typer.Option(metavar="N", help="Of prompt splits and random draws.")] = 0,
     device: options.Device = "cpu",
     stream: options.Stream = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory to plan for, such as 4GB: weights are streamed and work is cut to fit. Default: no limit.",
+        ),
+    ] = None,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
@@ -133,7 +170,10 @@ def score(
     experts = options.expert_names(options.named("--expert", expert))
     capabilities = options.named("--capability", capability, form="NAME=SPEC")
     readouts = options.all_of("--readout", readout, READOUTS)
-    kinds = options.all_of("--kind", kind or KINDS, KINDS)
+    retained = options.named("--retain", retain or [], form="NAME=SPEC")
+    kinds = options.all_of("--kind", kind or KINDS, (*KINDS, *COARSE_KINDS))
+    estimators = options.all_of("--estimator", ["linear", *estimator], ESTIMATORS)
+    directions = options.all_of("--direction", ["sufficiency", *direction], DIRECTIONS)
     from wpmerge import readings, scoring, summaries
 
     settings = readings.ScoreSettings(
@@ -146,6 +186,9 @@ def score(
         verify_prompts=verify_prompts,
         kinds=kinds,
         cross=cross,
+        estimators=estimators,
+        directions=directions,
+        max_memory=None if max_memory is None else options.byte_size("--max-memory", max_memory),
         integrated_points=integrated_points,
         layer=layer,
         accept_anchor=accept_anchor,
@@ -157,6 +200,7 @@ def score(
             base=base,
             experts=experts,
             capabilities=capabilities,
+            retain=retained,
             out=out,
             settings=settings,
             device=options.device(device),
@@ -169,135 +213,12 @@ def score(
     console.show(summary, summaries.scores_tables(summary), as_json=as_json)
 
 
-@app.command()
-def fuse(
-    scores: Annotated[Path, typer.Argument(metavar="SCORES", help="What wpmerge score wrote.")],
-    out: Annotated[Path, typer.Option(metavar="MERGED", help="The directory to be made.")],
-    rule: Annotated[
-        str, typer.Option(metavar="RULE", help=f"How scores become coefficients: {', '.join(RULES)}.")
-    ] = "scaled",
-    granularity: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LEVEL",
-            help=f"What shares a coefficient: {', '.join(GRANULARITIES)}. "
-            "Default: expert for uniform and scaled, unit for the others.",
-        ),
-    ] = None,
-    scale: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME=]X",
-            help="An expert's scale, or all experts', a factor on its difference to the base. "
-            "Default: chosen by running merges on held-out prompts.",
-        ),
-    ] = None,
-    plan_only: Annotated[
-        bool, typer.Option("--plan-only", help="Write plan and recipe, and stop before the weights. Default: off.")
-    ] = False,
-    model: options.Inputs = None,
-    power: Annotated[float, typer.Option(metavar="P", help="Of proportional: exponent of the recovery, 0 to 4.")] = 0.5,
-    density: Annotated[
-        float, typer.Option(metavar="RHO", help="Of select: share of all parameters that gets the full scale, 0 to 1.")
-    ] = 0.2,
-    floor: Annotated[
-        float, typer.Option(metavar="F", help="Of select: what the rest gets, as a share of the scale, 0 to 1.")
-    ] = 0.3,
-    max_coefficient: Annotated[float, typer.Option(metavar="X", help="Largest coefficient, 0 to 10.")] = 1.5,
-    evaluations: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Merges run on held-out prompts to choose the scales.")
-    ] = 24,
-    shard_size: options.ShardSize = "5GB",
-    dtype: options.Dtype = None,
-    threads: options.Threads = 1,
-    device: options.Device = "cpu",
-    stream: options.Stream = False,
-    overwrite: options.Overwrite = False,
-    trust_remote_code: options.TrustRemoteCode = False,
-    as_json: options.Json = False,
-    verbose: options.Verbose = False,
-) -> None:
-    """Turn scores into coefficients, a plan, a mergekit recipe and a merged checkpoint."""
-    console.set_up(verbose=verbose)
-    scales = options.scales(scale or [])
-    inputs = options.named("--model", model or [])
-    shard_bytes = options.byte_size("--shard-size", shard_size)
-    written_dtype = options.torch_dtype("--dtype", dtype)
-    chosen_rule = options.one_of("--rule", rule, RULES)
-    level = None if granularity is None else options.one_of("--granularity", granularity, GRANULARITIES)
-    from wpmerge import fusing, summaries
-
-    settings = fusing.FuseSettings(
-        rule=chosen_rule,
-        granularity=level,
-        scales=scales,
-        power=power,
-        density=density,
-        floor=floor,
-        max_coefficient=max_coefficient,
-        evaluations=evaluations,
-    )
-    with console.reporting() as report:
-        result = fusing.fuse(
-            scores,
-            out,
-            settings=settings,
-            models=inputs,
-            plan_only=plan_only,
-            dtype=written_dtype,
-            shard_bytes=shard_bytes,
-            threads=threads,
-            overwrite=overwrite,
-            device=options.device(device),
-            resident=not stream,
-            trust_remote_code=trust_remote_code,
-            progress=report,
-        )
-    summary = summaries.fuse_summary(result)
-    console.show(summary, summaries.fuse_tables(summary), as_json=as_json)
-
-
-@app.command()
-def merge(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yml", help="A mergekit recipe; mergekit is not used.")],
-    out: Annotated[Path, typer.Option(metavar="MERGED", help="The directory to be made.")],
-    shard_size: options.ShardSize = "5GB",
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DTYPE",
-            help=f"Of the written weights: {', '.join(options.DTYPES)}. Default: the recipe's, or the base's.",
-        ),
-    ] = None,
-    threads: options.Threads = 1,
-    overwrite: options.Overwrite = False,
-    trust_remote_code: options.TrustRemoteCode = False,
-    as_json: options.Json = False,
-    verbose: options.Verbose = False,
-) -> None:
-    """Carry out a mergekit recipe with the streaming engine, block by block."""
-    console.set_up(verbose=verbose)
-    shard_bytes = options.byte_size("--shard-size", shard_size)
-    written_dtype = options.torch_dtype("--dtype", dtype)
-    from wpmerge import summaries
-    from wpmerge.merge import merge_recipe
-
-    with console.reporting() as report:
-        result = merge_recipe(
-            recipe,
-            out,
-            shard_bytes=shard_bytes,
-            dtype=written_dtype,
-            threads=threads,
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-            progress=lambda done, total: report("merging", done, total),
-        )
-    summary = summaries.merge_summary(result)
-    console.show(summary, summaries.merge_tables(summary), as_json=as_json)
-
-
+app.command("fuse")(fuse)
+app.command("merge")(merge)
+app.command("verify")(verify)
 app.command("eval")(evaluate)
+app.command("bench")(bench)
+app.command("prove")(prove)
 
 
 @app.command()

@@ -98,13 +98,29 @@ def reporting() -> Iterator[Report]:
     from rich.progress import (
         BarColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TaskProgressColumn,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
 
-    columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    class Rate(ProgressColumn):
+        """Units a second, once there are some."""
+
+        def render(self, task: Task) -> Text:
+            return Text(rate(task.speed) if task.speed and task.total else "")
+
+    columns = (
+        BarColumn(),
+        TaskProgressColumn(),
+        Rate(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     name = TextColumn("{task.description}", markup=False)
     with Progress(name, *columns, console=Console(stderr=True), transient=True) as bar:
         yield _Bar(bar).report
@@ -137,8 +153,14 @@ class _Lines:
             say(stage)
         elif now - self._said >= PLAIN_SECONDS and 0 < done < total:
             self._said = now
-            left = (now - self._began) * (total - done) / done
-            say(f"{stage}: {100 * done // total}%, about {duration(left)} left")
+            seconds = now - self._began
+            left = seconds * (total - done) / done
+            say(f"{stage}: {100 * done // total}%, {rate(done / seconds)}, about {duration(left)} left")
+
+
+def rate(per_second: float) -> str:
+    """Units of work a second, as a person says them."""
+    return f"{per_second:,.0f} a second" if per_second >= 10 else f"{per_second:.2g} a second"
 
 
 def duration(seconds: float) -> str:

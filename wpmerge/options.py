@@ -50,6 +50,7 @@ ShardSize = Annotated[
     str, typer.Option(metavar="SIZE", help="Most weights per file, in bytes, KB, MB, GB, MiB or GiB.")
 ]
 Threads = Annotated[int, typer.Option(metavar="N", min=1, help="Blocks merged at a time, a thread each.")]
+AllowNan = Annotated[bool, typer.Option("--allow-nan", help="Let numbers pass that are not finite. Default: off.")]
 Inputs = Annotated[
     list[str] | None,
     typer.Option(
