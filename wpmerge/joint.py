@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.optimize import minimize
 from torch import Tensor
 
 from wpmerge.calibration import EPSILON, TOLERANCE
@@ -83,6 +82,8 @@ class JointSolution:
 
 def solve_joint(problem: JointProblem) -> JointSolution:
     """Maximise the utility of the predicted retentions; see the module's formula."""
+    from scipy.optimize import minimize  # here: it takes a second to import, and most commands do without
+
     slopes, constant = _slopes(problem)
     count, counted = len(problem.own), ~constant
 

@@ -28,7 +28,8 @@ from benchmarks.merge.models import make_family
 from benchmarks.processes import measure
 
 HERE = Path(__file__).resolve().parent
-OURS = "import sys; from pathlib import Path; from wpmerge.merge import merge_recipe; merge_recipe(Path(sys.argv[1]), Path(sys.argv[2]), threads=int(sys.argv[3]), sync=False)"  # noqa: E501
+OURS = "import os, sys; os.fsync = lambda file: None; from wpmerge.cli import main; main()"
+"""The command line as it is, but for bringing the output to disk."""
 
 
 def write_recipe(path: Path, models: list[Path], method: str) -> Path:
@@ -46,6 +47,12 @@ def write_recipe(path: Path, models: list[Path], method: str) -> Path:
     }
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     return path
+
+
+def our_command(recipe: Path, out: Path, threads: int) -> list[str]:
+    """``wpmerge merge`` on a recipe."""
+    options = ["--out", str(out), "--threads", str(threads)]
+    return [sys.executable, "-c", OURS, "merge", str(recipe), *options]
 
 
 def warm(models: list[Path]) -> None:
@@ -90,7 +97,7 @@ def race(work: Path, models: list[Path], method: str, *, ours: int, theirs: int,
             warm(models)
             out = work / f"out-{'mergekit' if who == 'mergekit' else 'ours'}"
             shutil.rmtree(out, ignore_errors=True)
-            command = [sys.executable, "-c", OURS, str(recipe), str(out), str(count)]
+            command = our_command(recipe, out, count)
             if who == "mergekit":
                 command = [mergekit, str(recipe), str(out)]
             runs[who].append(measure(command, work / "log"))
@@ -179,7 +186,7 @@ def main() -> None:
             recipes = {method: write_recipe(work / f"{method}.yml", models, method) for method in methods}
             result["double"] = {}
             for method, recipe in recipes.items():
-                command = [sys.executable, "-c", OURS, str(recipe), str(work / "out"), str(arguments.threads)]
+                command = our_command(recipe, work / "out", arguments.threads)
                 result["double"][method] = measure(command, work / "log")
                 shutil.rmtree(work / "out")
     for method in methods:
