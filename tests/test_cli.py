@@ -116,7 +116,7 @@ def test_defaults_are_those_of_the_functions() -> None:
     from wpmerge.coefficients import RULES
     from wpmerge.fusing import FuseSettings
     from wpmerge.harness import HarnessSettings
-    from wpmerge.merge import SHARD_BYTES
+    from wpmerge.merging import SHARD_BYTES
     from wpmerge.options import byte_size
     from wpmerge.plan import Granularity
     from wpmerge.readings import ScoreSettings

@@ -63,7 +63,7 @@ def merge(
     places = options.named("--model", inputs or [])
     from wpmerge import summaries
     from wpmerge.errors import RecipeError
-    from wpmerge.merge import merge_plan, merge_recipe
+    from wpmerge.merging import merge_plan, merge_recipe
 
     with console.reporting() as report:
 

@@ -11,7 +11,7 @@ from wpmerge.checkpoint import Checkpoint
 from wpmerge.errors import RecipeError
 from wpmerge.exact_recipe import check_exact, write_exact_recipe
 from wpmerge.explaining import check_names, explain
-from wpmerge.merge import SHARD_BYTES, MergeSummary, merge
+from wpmerge.merging import SHARD_BYTES, MergeSummary, merge
 from wpmerge.models import Family, open_family
 from wpmerge.output import check_output, check_space, output_directory, write_file
 from wpmerge.plan import BASE, InputModel, Operator, Plan, input_model

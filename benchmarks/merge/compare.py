@@ -28,7 +28,7 @@ from benchmarks.merge.models import make_family
 from benchmarks.processes import measure
 
 HERE = Path(__file__).resolve().parent
-OURS = "import sys; from pathlib import Path; from wpmerge.merge import merge_recipe; merge_recipe(Path(sys.argv[1]), Path(sys.argv[2]), threads=int(sys.argv[3]), sync=False)"  # noqa: E501
+OURS = "import sys; from pathlib import Path; from wpmerge.merging import merge_recipe; merge_recipe(Path(sys.argv[1]), Path(sys.argv[2]), threads=int(sys.argv[3]), sync=False)"  # noqa: E501
 
 
 def write_recipe(path: Path, models: list[Path], method: str) -> Path:
