@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -143,6 +144,7 @@ def fuse(
             threads=threads,
             overwrite=overwrite,
             allow_nan=allow_nan,
+            vocab=scored_vocabulary(scores),
             progress=lambda done, total: tell("writing", done, total),
         )
     if exact_recipe is not None:
@@ -164,6 +166,11 @@ def _weight_bytes(base: Checkpoint, dtype: torch.dtype | None) -> int:
     return sum(info.numel * job_dtype(info.dtype, dtype).itemsize for info in base.tensors.values())
 
 
+def scored_vocabulary(scores: Scores) -> Literal["base"] | None:
+    """What scoring did with experts whose vocabulary is larger than the base's."""
+    return "base" if (scores.provenance.get("settings") or {}).get("vocab") == "base" else None
+
+
 def open_scored_family(
     scores: Scores, models: dict[str, str], *, device: str, resident: bool, trust_remote_code: bool
 ) -> Family:
@@ -179,6 +186,7 @@ def open_scored_family(
         {name: models.get(name, expert.source) for name, expert in scores.experts.items()},
         device=device,
         resident=resident,
+        vocab=scored_vocabulary(scores),
         trust_remote_code=trust_remote_code,
     )
     recorded: dict[str, InputModel] = {BASE: scores.base, **scores.experts}
