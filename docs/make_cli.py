@@ -16,9 +16,9 @@ HEAD = """# The command line
 
 Made from the commands by `python docs/make_cli.py`; `wpmerge COMMAND --help` says the same.
 
-Results go to stdout, messages and progress to stderr. Exit codes: 0, done; 1, `verify` found something wrong; 2, something in
-the input can be mended, and the message says what; 130, interrupted. An interrupted command goes on where it was when it is
-given again. Nothing appears under an output's name before it is whole.
+Results go to stdout, messages and progress to stderr. Exit codes: 0, done; 1, `verify` found something wrong; 2,
+something in the input can be mended, and the message says what; 130, interrupted. An interrupted command goes on where
+it was when it is given again. Nothing appears under an output's name before it is whole.
 """
 
 
