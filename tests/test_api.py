@@ -2,17 +2,21 @@
 
 import inspect
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from families import write_family, write_prompts
+import torch
+from families import WORDS, word_tokenizer, write_family, write_prompts
+from transformers import AutoModelForCausalLM
 
 import wpmerge as wp
 from wpmerge import cli, cli_eval, cli_fuse, cli_merge
 from wpmerge.run_recipe import Judging, MergeRule, Output, RunRecipe, Scoring
+from wpmerge.verify import verify
 
 COMMANDS = {"score": cli.score, "fuse": cli_fuse.fuse, "merge": cli_merge.merge, "evaluate": cli_eval.evaluate}
 SHELL_ONLY = {"as_json", "verbose"}
@@ -165,3 +169,30 @@ def test_what_a_user_can_mend_is_said_before_any_work(home: Path, tmp_path: Path
         with pytest.raises(wp.WpmergeError, match=said):
             call()
     assert not out.exists()
+
+
+def test_an_expert_with_one_pad_token_more(home: Path, tmp_path: Path) -> None:
+    """As experts on Llama 2 have it: refused, or cut to the base's rows while it is scored, merged and verified."""
+    shutil.copytree(home / "base", tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(home / "a")
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[PAD]"]})
+    model.resize_token_embeddings(WORDS + 1, mean_resizing=False)
+    model.save_pretrained(tmp_path / "a")
+    tokenizer.save_pretrained(tmp_path / "a")
+    asked: dict[str, Any] = {
+        "base": tmp_path / "base",
+        "expert": {"a": tmp_path / "a", "b": home / "b"},
+        "capability": {name: home / f"{name}.jsonl" for name in "ab"},
+    }
+    with pytest.raises(wp.WpmergeError, match="not of the base's family"):
+        wp.score(**asked, out=tmp_path / "scores", **QUICK)
+    cut = wp.score(**asked, out=tmp_path / "scores", vocab="base", **QUICK)
+    wp.score(**{**asked, "expert": {name: home / name for name in "ab"}}, out=tmp_path / "plain", **QUICK)
+    plain = wp.Scores.load(tmp_path / "plain")
+    assert all(torch.equal(cut.arrays[key], array) for key, array in plain.arrays.items())
+    wp.fuse(tmp_path / "scores", out=tmp_path / "merged", rule="uniform", scale=0.5)
+    wp.fuse(tmp_path / "plain", out=tmp_path / "plain-merged", rule="uniform", scale=0.5)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("merged", "plain-merged")]
+    assert weights[0] == weights[1]
+    assert verify(tmp_path / "merged", sample=None).passed

@@ -6,12 +6,14 @@ example. Errors that a user can mend are :class:`~wpmerge.errors.WpmergeError`.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from wpmerge import options
 from wpmerge.arch import COARSE_KINDS, KINDS
+from wpmerge.coefficients import RULES
 from wpmerge.console import Report, say
 from wpmerge.errors import WpmergeError
+from wpmerge.estimators import EstimatorName
 from wpmerge.evaluating import evaluate as run_evaluation
 from wpmerge.evaluation import Evaluation, Skill
 from wpmerge.fusing import FuseResult, FuseSettings
@@ -19,15 +21,13 @@ from wpmerge.fusing import fuse as run_fusion
 from wpmerge.harness import HarnessSettings
 from wpmerge.inmemory import models_to_evaluate
 from wpmerge.merging import MergeSummary, merge_plan, merge_recipe
-from wpmerge.plan import Operator
+from wpmerge.plan import Granularity, Operator
 from wpmerge.readings import ScoreSettings
-from wpmerge.scores import Scores
+from wpmerge.scores import DIRECTIONS, ReadoutName, Scores
 from wpmerge.scoring import score as run_scoring
 
 Place = str | Path
-READOUTS = ("reference", "anchor", "divergence")
-ESTIMATORS = ("linear", "integrated", "exact")
-DIRECTIONS = ("sufficiency", "necessity")
+METHODS = ("task_arithmetic", "ties", "dare_linear", "dare_ties")
 
 
 def score(
@@ -107,7 +107,7 @@ def score(
       ...
     """
     settings = ScoreSettings(
-        readouts=options.all_of("readout", readout, READOUTS),
+        readouts=options.all_of("readout", readout, get_args(ReadoutName)),
         prompts=prompts,
         held_out=held_out,
         reference_tokens=reference_tokens,
@@ -116,7 +116,7 @@ def score(
         verify_prompts=verify_prompts,
         kinds=options.all_of("kind", kind or KINDS, (*KINDS, *COARSE_KINDS)),
         cross=cross,
-        estimators=options.all_of("estimator", ["linear", *estimator], ESTIMATORS),
+        estimators=options.all_of("estimator", ["linear", *estimator], get_args(EstimatorName)),
         directions=options.all_of("direction", ["sufficiency", *direction], DIRECTIONS),
         max_memory=options.byte_size("max_memory", max_memory) if isinstance(max_memory, str) else max_memory,
         integrated_points=integrated_points,
@@ -216,10 +216,9 @@ def fuse(
     Raises:
         WpmergeError: scores, models, settings or output cannot be used; nothing is written under ``out`` then.
     """
-    rules = ("refine", "scaled", "uniform", "proportional", "select", "joint")
-    levels, methods = ("unit", "block", "tensor", "expert"), ("task_arithmetic", "ties", "dare_linear", "dare_ties")
+    levels = get_args(Granularity)
     settings = FuseSettings(
-        rule=options.one_of("rule", rule, rules),
+        rule=options.one_of("rule", rule, RULES),
         granularity=None if granularity is None else options.one_of("granularity", granularity, levels),
         scales={} if scale is None else dict(scale) if isinstance(scale, Mapping) else {"": float(scale)},
         power=power,
@@ -241,7 +240,7 @@ def fuse(
         settings=settings,
         models=_texts(model),
         explanations=tuple(explain or ()),
-        operator=Operator(method=options.one_of("method", method, methods), density=method_density, seed=seed),
+        operator=Operator(method=options.one_of("method", method, METHODS), density=method_density, seed=seed),
         plan_only=plan_only,
         exact_recipe=None if exact_recipe is None else Path(exact_recipe),
         allow_nan=allow_nan,

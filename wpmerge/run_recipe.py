@@ -8,7 +8,6 @@ import difflib
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import UnionType
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -241,7 +240,7 @@ def _section(keys: Sequence[str]) -> type[BaseModel]:
     found: type[BaseModel] = RunRecipe
     for key in keys:
         annotation = found.model_fields[key].annotation
-        options = typing.get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+        options = typing.get_args(annotation) or (annotation,)
         found = next(each for each in options if isinstance(each, type) and issubclass(each, BaseModel))
     return found
 

@@ -246,9 +246,9 @@ def _do(stage: Stage, run: Run, record: dict[str, Any], *, again: bool) -> float
     try:
         stage.work(again)
     except Exception:
-        if before is not None:
-            record["stages"][stage.name] = before
-            _write(run, record)
+        del record["stages"][stage.name]
+        record["stages"] |= {} if before is None else {stage.name: before}
+        _write(run, record)
         raise
     seconds = round(time.monotonic() - started, 3)
     _keep(stage, record, run, seconds)
@@ -361,7 +361,7 @@ def _refusal(changed: list[Stage], record: Mapping[str, Any]) -> OutputError:
     return OutputError(
         "the recipe is not the one that what is there was made with",
         where=", ".join(str(stage.output) for stage in changed),
-        got="; ".join(said) or "another run's output",
+        got="; ".join(said) or "a replacement that was not finished",
         mend="give another directory with --out, or replace what is there with --overwrite",
     )
 
