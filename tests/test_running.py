@@ -42,7 +42,7 @@ def recipe_of(home: Path, **more: Any) -> RunRecipe:
         "evaluation": {
             "tasks": ["local"],
             "task_data": {"local": str(home / "local.jsonl")},
-            "skill": {"a": "local/exact_match"},
+            "skill": {"a": "local/answer_acc"},
             "max_gen_tokens": 4,
         },
     }
