@@ -125,7 +125,7 @@ def test_the_notebook_runs(bench: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     (notebook,) = [block for block in blocks("python") if "import wpmerge as wp" in block.text]
     exec(compile(notebook.text, "docs/python.md", "exec"), {"__name__": "notebook"})
     shown = capsys.readouterr().out
-    assert "neuron." in shown and "merged" in shown
+    assert "head." in shown and "merged" in shown
 
 
 def test_recipes_in_the_docs_are_recipes() -> None:
