@@ -5,7 +5,7 @@ import safetensors.torch
 import torch
 import yaml
 from checkpoints import family, tokenizer, write_checkpoint
-from test_merge import make_plan, open_family
+from test_merging import make_plan, open_family
 
 from wpmerge.checkpoint import open_checkpoint
 from wpmerge.checksum import checksum
