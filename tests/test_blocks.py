@@ -12,7 +12,7 @@ import wpmerge.blocks
 from wpmerge import operators
 from wpmerge.blocks import Job, Term, blocks
 from wpmerge.checkpoint import open_checkpoint
-from wpmerge.merge import merge
+from wpmerge.merging import merge
 from wpmerge.plan import Coefficient, Operator, Plan, input_model
 from wpmerge.shards import OutputTensor
 from wpmerge.streaming import merge_tensor

@@ -21,7 +21,7 @@ from checkpoints import CONFIG, family, llama_shapes, random_weights, write_chec
 
 from wpmerge.checkpoint import open_checkpoint
 from wpmerge.errors import CheckpointError, OutputError, WpmergeError
-from wpmerge.merge import merge_recipe
+from wpmerge.merging import merge_recipe
 
 KILLS = int(os.environ.get("WPMERGE_KILLS", "10"))
 MUTATIONS = int(os.environ.get("WPMERGE_MUTATIONS", "500"))
@@ -44,7 +44,7 @@ import json, os, random, shutil, signal, sys, time
 from pathlib import Path
 import torch
 import wpmerge.blocks, wpmerge.fused
-from wpmerge.merge import merge_recipe
+from wpmerge.merging import merge_recipe
 
 torch.set_num_threads(1)
 place, kills, method = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]

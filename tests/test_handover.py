@@ -5,7 +5,7 @@ from checkpoints import family
 
 from wpmerge.checkpoint import open_checkpoint
 from wpmerge.errors import OutputError, RecipeError
-from wpmerge.merge import merge_recipe
+from wpmerge.merging import merge_recipe
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from wpmerge.errors import EvaluationError, RecipeError
 from wpmerge.harness import HarnessSettings
 from wpmerge.inmemory import check_plan_inputs, models_to_evaluate
-from wpmerge.merge import merge, open_inputs
+from wpmerge.merging import merge, open_inputs
 from wpmerge.plan import Coefficient, Plan, input_model
 
 CPU = HarnessSettings(device="cpu")

@@ -4,12 +4,12 @@ import pytest
 import torch
 import yaml
 from checkpoints import CONFIG, LAYERS, family, llama_shapes, random_weights, write_checkpoint
-from test_merge import make_plan, open_family, ulps
+from test_merging import make_plan, open_family, ulps
 
 from wpmerge.checkpoint import open_checkpoint
 from wpmerge.errors import RecipeError
 from wpmerge.exact_recipe import write_exact_recipe
-from wpmerge.merge import merge, merge_recipe
+from wpmerge.merging import merge, merge_recipe
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ import safetensors.torch
 import torch
 import yaml
 from checkpoints import family, tokenizer, write_checkpoint
-from test_merge import make_plan, open_family
+from test_merging import make_plan, open_family
 
 from wpmerge.checkpoint import open_checkpoint
 from wpmerge.checksum import checksum
 from wpmerge.errors import RecipeError
-from wpmerge.merge import merge, merge_recipe
+from wpmerge.merging import merge, merge_recipe
 from wpmerge.plan import Operator, Plan, load_plan
 from wpmerge.verify import verify
 

@@ -7,7 +7,7 @@ from test_verify import grow
 
 from wpmerge.checkpoint import check_same_family, open_checkpoint
 from wpmerge.errors import CheckpointError
-from wpmerge.merge import merge
+from wpmerge.merging import merge
 from wpmerge.plan import Coefficient, Plan, input_model
 from wpmerge.vocabulary import match_vocabulary
 

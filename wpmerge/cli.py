@@ -14,6 +14,7 @@ from wpmerge.cli_eval import evaluate
 from wpmerge.cli_fuse import fuse
 from wpmerge.cli_merge import merge, verify
 from wpmerge.cli_prove import prove
+from wpmerge.cli_run import run
 from wpmerge.errors import WpmergeError
 
 READOUTS = ("reference", "anchor", "divergence")
@@ -21,6 +22,7 @@ KINDS = ("head", "neuron", "kv_group", "norm", "output_bias", "embedding", "posi
 COARSE_KINDS = ("attention", "mlp", "layer", "tensor")
 ESTIMATORS = ("linear", "integrated", "exact")
 DIRECTIONS = ("sufficiency", "necessity")
+VOCABULARIES = ("base",)
 
 
 class _Commands(TyperGroup):
@@ -156,6 +158,14 @@ def score(
         int, typer.Option(metavar="N", min=1, help="Tokens packed into one row; sets memory.")
     ] = 384,
     seed: Annotated[int, typer.Option(metavar="N", help="Of prompt splits and random draws.")] = 0,
+    vocab: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHOSE",
+            help="base: cut an expert whose vocabulary is larger, by a pad token say, to the base's rows. "
+            "Default: refuse it.",
+        ),
+    ] = None,
     device: options.Device = "cpu",
     stream: options.Stream = False,
     max_memory: Annotated[
@@ -179,6 +189,7 @@ def score(
     kinds = options.all_of("--kind", kind or KINDS, (*KINDS, *COARSE_KINDS))
     estimators = options.all_of("--estimator", ["linear", *estimator], ESTIMATORS)
     directions = options.all_of("--direction", ["sufficiency", *direction], DIRECTIONS)
+    whose = None if vocab is None else options.one_of("--vocab", vocab, VOCABULARIES)
     from wpmerge import readings, scoring, summaries
 
     settings = readings.ScoreSettings(
@@ -199,6 +210,7 @@ def score(
         accept_anchor=accept_anchor,
         tokens_per_row=tokens_per_row,
         seed=seed,
+        vocab=whose,
     )
     with console.reporting() as report:
         scores = scoring.score(
@@ -224,6 +236,7 @@ app.command("verify")(verify)
 app.command("eval")(evaluate)
 app.command("bench")(bench)
 app.command("prove")(prove)
+app.command("run")(run)
 
 
 @app.command()

@@ -116,7 +116,7 @@ def evaluate(
     data = options.task_data(task_data or [])
     places = options.named("--model", inputs or [])
     from wpmerge import evaluation, inmemory, summaries
-    from wpmerge.evaluate import evaluate as run
+    from wpmerge.evaluating import evaluate as run
     from wpmerge.harness import HarnessSettings
 
     settings = HarnessSettings(

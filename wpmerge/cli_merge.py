@@ -38,7 +38,7 @@ def merge(
     ] = None,
     allow_nan: options.AllowNan = False,
     seed: Annotated[int, typer.Option(metavar="N", help="Of what DARE drops; a plan has its own.")] = 0,
-    inputs: options.Inputs = None,
+    model: options.Inputs = None,
     shard_size: options.ShardSize = "5GB",
     dtype: Annotated[
         str | None,
@@ -60,10 +60,10 @@ def merge(
     by = options.one_of("--engine", engine, ENGINES)
     alike = None if parity is None else options.one_of("--parity", parity, ("mergekit",))
     whose = None if vocab is None else options.one_of("--vocab", vocab, VOCABULARIES)
-    places = options.named("--model", inputs or [])
+    places = options.named("--model", model or [])
     from wpmerge import summaries
     from wpmerge.errors import RecipeError
-    from wpmerge.merge import merge_plan, merge_recipe
+    from wpmerge.merging import merge_plan, merge_recipe
 
     with console.reporting() as report:
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from wpmerge import builtin
 from wpmerge.coefficients import Rule
-from wpmerge.evaluate import evaluate
+from wpmerge.evaluating import evaluate
 from wpmerge.evaluation import Evaluation, Skill
 from wpmerge.fusing import FuseSettings, fuse
 from wpmerge.harness import HarnessSettings

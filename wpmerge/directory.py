@@ -17,6 +17,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attn\.(bias|masked_bias)|attention\.(bias|masked_bias))$")
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether a text has the form of a hub id, ``owner/name`` with an optional ``@revision``."""
+    return bool(_HUB_ID.fullmatch(source))
+
+
 def locate(source: str) -> Path:
     """The local directory of a checkpoint; a hub id is downloaded to the hub's cache, or found there.
 
@@ -26,7 +31,7 @@ def locate(source: str) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return path
-    if path.exists() or not _HUB_ID.fullmatch(source):
+    if path.exists() or not is_hub_id(source):
         raise CheckpointError("there is no such checkpoint directory", where=source, expected="a directory or a hub id")
     from huggingface_hub import snapshot_download
 

@@ -10,12 +10,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from wpmerge.console import finite
 from wpmerge.errors import EvaluationError
+from wpmerge.output import write_file
 from wpmerge.statistics import (
     Interval,
     Outcomes,
@@ -28,6 +29,9 @@ from wpmerge.statistics import (
     retention,
     standard_error,
 )
+
+if TYPE_CHECKING:
+    import pandas
 
 SCHEMA = 1
 FILE = "evaluation.json"
@@ -122,6 +126,35 @@ class Evaluation:
     groups: Mapping[str, GroupMetric] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Evaluation:
+        """Read an artifact directory, or its evaluation.json; see :func:`load_evaluation`."""
+        return load_evaluation(Path(path))
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``evaluation.json`` into a directory, which is made where it is missing."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_file(directory / FILE, to_json(self))
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """A row for every model and metric: ``model``, ``task``, ``metric``, ``value``, ``stderr``, ``n`` documents."""
+        import pandas
+
+        rows = [
+            {
+                "model": name,
+                "task": metric.partition("/")[0],
+                "metric": metric.partition("/")[2],
+                "value": score.value,
+                "stderr": score.stderr,
+                "n": score.n,
+            }
+            for name, result in self.models.items()
+            for metric, score in result.scores.items()
+        ]
+        return pandas.DataFrame(rows)
 
     def outcomes(self, model: str, metric: str) -> Outcomes:
         """Outcomes per document; a metric's name may end in an instruction type, ``…inst_level_strict_acc/TYPE``. A

@@ -15,7 +15,7 @@ import yaml
 
 from wpmerge.checkpoint import Checkpoint
 from wpmerge.errors import RecipeError
-from wpmerge.merge import check_inputs, plan_jobs
+from wpmerge.merging import check_inputs, plan_jobs
 from wpmerge.output import check_space, output_directory, write_file
 from wpmerge.plan import BASE, Operator, Plan
 from wpmerge.recipe import main_dtype, model_reference, single_number, weight_setting, with_tied_names

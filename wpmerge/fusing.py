@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -11,7 +12,7 @@ from wpmerge.checkpoint import Checkpoint
 from wpmerge.errors import RecipeError
 from wpmerge.exact_recipe import check_exact, write_exact_recipe
 from wpmerge.explaining import check_names, explain
-from wpmerge.merge import SHARD_BYTES, MergeSummary, merge
+from wpmerge.merging import SHARD_BYTES, MergeSummary, merge
 from wpmerge.models import Family, open_family
 from wpmerge.output import check_output, check_space, output_directory, write_file
 from wpmerge.plan import BASE, InputModel, Operator, Plan, input_model
@@ -143,6 +144,7 @@ def fuse(
             threads=threads,
             overwrite=overwrite,
             allow_nan=allow_nan,
+            vocab=scored_vocabulary(scores),
             progress=lambda done, total: tell("writing", done, total),
         )
     if exact_recipe is not None:
@@ -164,6 +166,11 @@ def _weight_bytes(base: Checkpoint, dtype: torch.dtype | None) -> int:
     return sum(info.numel * job_dtype(info.dtype, dtype).itemsize for info in base.tensors.values())
 
 
+def scored_vocabulary(scores: Scores) -> Literal["base"] | None:
+    """What scoring did with experts whose vocabulary is larger than the base's."""
+    return "base" if (scores.provenance.get("settings") or {}).get("vocab") == "base" else None
+
+
 def open_scored_family(
     scores: Scores, models: dict[str, str], *, device: str, resident: bool, trust_remote_code: bool
 ) -> Family:
@@ -179,6 +186,7 @@ def open_scored_family(
         {name: models.get(name, expert.source) for name, expert in scores.experts.items()},
         device=device,
         resident=resident,
+        vocab=scored_vocabulary(scores),
         trust_remote_code=trust_remote_code,
     )
     recorded: dict[str, InputModel] = {BASE: scores.base, **scores.experts}

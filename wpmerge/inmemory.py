@@ -13,7 +13,7 @@ from wpmerge.directory import locate
 from wpmerge.errors import EvaluationError
 from wpmerge.harness import HarnessSettings, Loaded, Model
 from wpmerge.loading import refuse_unfit
-from wpmerge.merge import check_inputs, merged_state_dict, open_inputs
+from wpmerge.merging import check_inputs, merged_state_dict, open_inputs
 from wpmerge.models import load_tokenizer
 from wpmerge.plan import BASE, load_plan
 
@@ -27,7 +27,7 @@ def models_to_evaluate(
     settings: HarnessSettings,
     trust_remote_code: bool = False,
 ) -> dict[str, Model]:
-    """What :func:`wpmerge.evaluate.evaluate` takes, in order: checkpoints as they lie, adapters and plans as functions.
+    """What :func:`wpmerge.evaluating.evaluate` takes, in order: checkpoints as they lie, adapters, plans as functions.
 
     Args:
         models: name → directory, hub id or LoRA adapter.

@@ -65,9 +65,28 @@ def budget(
             expected=f"at least {(most - room + streamed + LEAST_HELD) / 1e6:,.0f} MB",
             mend="give more, or score a smaller model",
         )
-    whole = models * FLOAT * sum(_size(shape) for shape in layout.shapes.values())
+    whole = resident_weights(layout, models)
     kept = resident and room >= whole + streamed + LEAST_HELD
     return Budget(resident=kept, held_bytes=min(HELD_BYTES, (room - streamed - (whole if kept else 0)) // 2))
+
+
+def resident_weights(layout: Layout, models: int) -> int:
+    """Bytes of that many models' weights in memory, as they are run: in float32."""
+    return models * FLOAT * sum(_size(shape) for shape in layout.shapes.values())
+
+
+def least_memory(
+    layout: Layout,
+    models: int,
+    *,
+    resident: bool,
+    stored_bytes: int = 2,
+    gradients: bool = False,
+    teacher: bool = False,
+) -> int:
+    """Bytes that scoring needs beside Python and its libraries; arguments as :func:`budget`'s."""
+    whole = resident_weights(layout, models) if resident else 0
+    return whole + _streamed_bytes(layout, stored_bytes, gradients=gradients, teacher=teacher) + LEAST_HELD
 
 
 def held_per_token(layout: Layout, layer: int) -> int:

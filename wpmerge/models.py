@@ -15,6 +15,7 @@ from wpmerge.engine import Engine, empty_model
 from wpmerge.errors import CheckpointError
 from wpmerge.readouts import final_states
 from wpmerge.rows import pack
+from wpmerge.vocabulary import Vocabulary, match_vocabulary
 from wpmerge.weights import CheckpointWeights, WeightSource
 
 
@@ -47,6 +48,7 @@ def open_family(
     *,
     device: str = "cpu",
     resident: bool = True,
+    vocab: Vocabulary | None = None,
     trust_remote_code: bool = False,
 ) -> Family:
     """Open a base and its experts and refuse what cannot be compared.
@@ -56,6 +58,7 @@ def open_family(
         experts: name → directory, hub id or LoRA adapter.
         device: where to run, as torch names it.
         resident: keep weights in memory once read.
+        vocab: what to do where vocabularies differ in size; see :func:`~wpmerge.vocabulary.match_vocabulary`.
         trust_remote_code: see :func:`~wpmerge.checkpoint.open_checkpoint`.
 
     Raises:
@@ -67,6 +70,8 @@ def open_family(
         name: open_checkpoint(source, base=opened, trust_remote_code=trust_remote_code)
         for name, source in experts.items()
     }
+    matched = match_vocabulary({"": opened, **others}, "", vocab)
+    opened, others = matched[""], {name: matched[name] for name in others}
     for name, expert in others.items():
         check_same_family(opened, expert, name=name)
         # the sampled hash is blind to a change in few places: only the full one says that there is none
@@ -88,7 +93,7 @@ def open_family(
         experts=others,
         layout=layout,
         engine=engine,
-        chat=Chat(load_tokenizer(opened.path)),
+        chat=Chat(load_tokenizer(opened.tokenizer_path)),
         weights=weights,
         resident=resident,
     )
@@ -99,20 +104,30 @@ def _full_hash(checkpoint: Checkpoint) -> str:
 
 
 def layout_of(checkpoint: Checkpoint) -> Layout:
-    """The units of a checkpoint; transformers fills in what its ``config.json`` leaves to defaults."""
+    """The units of a checkpoint."""
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    return layout_from(checkpoint.config, shapes, where=checkpoint.path / "config.json")
+
+
+def layout_from(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, where: object) -> Layout:
+    """The units of a configuration and tensors; transformers fills in what a ``config.json`` leaves to defaults.
+
+    Raises:
+        CheckpointError: the configuration makes no model, or does not fit the tensors.
+    """
     from transformers import AutoConfig
 
-    settings = {key: value for key, value in checkpoint.config.items() if key != "model_type"}
+    settings = {key: value for key, value in config.items() if key != "model_type"}
     try:
-        config = AutoConfig.for_model(str(checkpoint.config["model_type"]), **settings).to_dict()
+        whole = AutoConfig.for_model(str(config["model_type"]), **settings).to_dict()
     except Exception as error:  # transformers raises many kinds for values that contradict each other
         raise CheckpointError(
             "the configuration makes no model",
-            where=checkpoint.path / "config.json",
+            where=where,
             got=str(error).splitlines()[-1].strip(),
             mend="check that config.json belongs to these weights",
         ) from error
-    return Layout(config, {name: info.shape for name, info in checkpoint.tensors.items()})
+    return Layout(whole, shapes)
 
 
 def load_tokenizer(path: Path) -> Any:

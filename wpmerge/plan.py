@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import safetensors.torch
 import torch
@@ -23,6 +23,9 @@ from wpmerge.directory import read_json
 from wpmerge.errors import CheckpointError, RecipeError
 from wpmerge.output import write_file
 from wpmerge.tensorfile import SafetensorsFile
+
+if TYPE_CHECKING:
+    import pandas
 
 SCHEMA_VERSION = 1
 BASE = "base"  # the base's name among checkpoints; no expert may bear it
@@ -140,8 +143,34 @@ class Plan:
                         where=f"expert {expert}, tensor {name}",
                     )
 
-    def save(self, directory: Path) -> None:
+    @classmethod
+    def load(cls, directory: str | Path) -> "Plan":
+        """Read what :meth:`save`, or ``wpmerge fuse``, wrote; see :func:`load_plan`."""
+        return load_plan(Path(directory))
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """A row for every expert and tensor: ``expert``, ``tensor``, ``axis`` (NA for a scalar), ``count`` of
+        coefficients along it, and their ``mean``, ``least`` and ``most``."""
+        import pandas
+
+        rows = [
+            {
+                "expert": expert,
+                "tensor": name,
+                "axis": coefficient.axis,
+                "count": coefficient.values.numel(),
+                "mean": float(coefficient.values.mean()),
+                "least": float(coefficient.values.min()),
+                "most": float(coefficient.values.max()),
+            }
+            for expert, tensors in self.coefficients.items()
+            for name, coefficient in tensors.items()
+        ]
+        return pandas.DataFrame(rows).astype({"axis": "Int64"})
+
+    def save(self, directory: str | Path) -> None:
         """Write ``plan.safetensors`` and ``plan.json`` into a directory, which is made where it is missing."""
+        directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         arrays = {  # cloned: experts may share a tensor, which safetensors refuses
             f"{expert}/{name}": coefficient.values.clone()

@@ -49,6 +49,7 @@ class ScoreSettings:
         accept_anchor: go on with an unreliable anchor or gap.
         tokens_per_row: tokens packed into one row.
         seed: of prompt splits and random draws.
+        vocab: "base" cuts an expert with a larger vocabulary to the base's rows; None refuses it.
     """
 
     readouts: tuple[ReadoutName, ...] = ("reference", "anchor")
@@ -68,6 +69,7 @@ class ScoreSettings:
     accept_anchor: bool = False
     tokens_per_row: int = 384
     seed: int = 0
+    vocab: Literal["base"] | None = None
 
     def __post_init__(self) -> None:
         for name, given, needed in (

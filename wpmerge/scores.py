@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import safetensors.torch
 import torch
@@ -15,12 +15,15 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from wpmerge.arch import Kind
+from wpmerge.arch import Kind, Unit
 from wpmerge.directory import read_json
 from wpmerge.errors import CheckpointError, WpmergeError
 from wpmerge.output import write_file
 from wpmerge.plan import InputModel, describe
 from wpmerge.tensorfile import SafetensorsFile
+
+if TYPE_CHECKING:
+    import pandas
 
 SCHEMA_VERSION = 2
 ReadoutName = Literal["reference", "anchor", "divergence"]
@@ -227,8 +230,34 @@ class Scores:
             )
         return self.arrays[key]
 
-    def save(self, directory: Path) -> None:
+    @classmethod
+    def load(cls, directory: str | Path) -> "Scores":
+        """Read what :meth:`save`, or ``wpmerge score``, wrote; see :func:`load_scores`."""
+        return load_scores(Path(directory))
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """A row for every score: ``estimator``, ``label``, ``expert``, ``kind``, ``layer``, ``index``, ``unit`` and
+        ``score``.
+
+        That is a recovery, a fraction of the label's gap (of a retain set: an effect, nats per token); NaN where
+        the readout cannot see the unit. ``estimator`` ends in ``-necessity`` where the expert was patched.
+        """
+        import pandas
+
+        columns: dict[str, list[Any]] = {name: [] for name in ("estimator", "label", "expert", "kind")}
+        columns |= {name: [] for name in ("layer", "index", "unit", "score")}
+        for key, array in self.arrays.items():
+            parts = key.split("/")
+            for layer, row in enumerate(array.tolist()):
+                for index, value in enumerate(row):
+                    unit = str(Unit(kind=parts[3], layer=layer, index=index))  # type: ignore[arg-type]
+                    for name, entry in zip(columns, (*parts, layer, index, unit, value), strict=True):
+                        columns[name].append(entry)
+        return pandas.DataFrame(columns)
+
+    def save(self, directory: str | Path) -> None:
         """Write ``scores.safetensors`` and ``scores.json`` into a directory, which is made where it is missing."""
+        directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         header = _ScoresFile(
             schema_version=SCHEMA_VERSION,

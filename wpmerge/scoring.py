@@ -67,12 +67,14 @@ def score(
     tell: Progress = progress or (lambda *_: None)
     retained = {name: load_capability(name, spec) for name, spec in (retain or {}).items()}
     own = {name: load_capability(name, spec) for name, spec in capabilities.items()}
-    _check_names(experts, own, retained)
+    check_names(experts, own, retained)
     loaded = own | retained
     files = [path for spec in (*capabilities.values(), *(retain or {}).values()) if (path := Path(spec)).is_file()]
     check_output(out, inputs=files, overwrite=overwrite)
     tell("opening models", 0, 1)
-    family = open_family(base, experts, device=device, resident=resident, trust_remote_code=trust_remote_code)
+    family = open_family(
+        base, experts, device=device, resident=resident, vocab=settings.vocab, trust_remote_code=trust_remote_code
+    )
     _check_kinds(family, settings)
     inputs = [family.base.path, *(expert.path for expert in family.experts.values()), *files]
     check_space(out, total=_bytes(family, loaded, settings))
@@ -82,7 +84,9 @@ def score(
         # the first run's, so that another amount of free memory does not cut the work otherwise
         allowed = Budget(**pieces.record("budget", lambda: asdict(_budget(family, settings))))
         if family.resident and not allowed.resident:
-            family = open_family(base, experts, device=device, resident=False, trust_remote_code=trust_remote_code)
+            family = open_family(
+                base, experts, device=device, resident=False, vocab=settings.vocab, trust_remote_code=trust_remote_code
+            )
         arrays: dict[str, Tensor] = {}
         readouts: dict[str, ReadoutRecord] = {}
         # all gaps and anchors first: what is refused is refused before the long work
@@ -157,9 +161,14 @@ def _bytes(family: Family, capabilities: Mapping[str, Capability], settings: Sco
     return 2 * 4 * units * len(capabilities) * len(settings.readouts) * estimates
 
 
-def _check_names(
+def check_names(
     experts: Mapping[str, str], capabilities: Mapping[str, Capability], retained: Mapping[str, Capability]
 ) -> None:
+    """Refuse names that cannot be keys, an expert without a capability, and a capability without an expert.
+
+    Raises:
+        CapabilityError: says which, and what to add.
+    """
     for name in (*experts, *capabilities, *retained):
         if not NAME.fullmatch(name):
             raise CapabilityError(

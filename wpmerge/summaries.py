@@ -10,7 +10,7 @@ from wpmerge.arch import COARSE_KINDS, KINDS, MODEL_KINDS, Kind, Unit
 from wpmerge.console import Table, number
 from wpmerge.evaluation import Evaluation
 from wpmerge.fusing import FuseResult
-from wpmerge.merge import MergeSummary
+from wpmerge.merging import MergeSummary
 from wpmerge.plan import InputModel, Plan
 from wpmerge.scores import DIRECTIONS, Direction, ReadoutRecord, Scores, array_key
 from wpmerge.statistics import Interval

@@ -15,7 +15,7 @@ from wpmerge.checkpoint import Checkpoint, open_checkpoint
 from wpmerge.checksum import Checksum
 from wpmerge.directory import read_json
 from wpmerge.errors import CheckpointError, RecipeError
-from wpmerge.merge import check_inputs, jobs_of_recipe, open_inputs, open_recipe, plan_jobs
+from wpmerge.merging import check_inputs, jobs_of_recipe, open_inputs, open_recipe, plan_jobs
 from wpmerge.plan import BASE, load_plan
 from wpmerge.streaming import merge_stream
 from wpmerge.vocabulary import match_vocabulary

@@ -106,7 +106,7 @@ def read_yaml_recipe(path: Path) -> YamlRecipe:
         RecipeError: not a recipe, an unknown key, or something that is not done here; names it.
     """
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise RecipeError("a recipe cannot be read", where=path, got=str(error).replace("\n", " ")) from None
     if not isinstance(raw, dict):
@@ -181,7 +181,7 @@ def _check_parameters(recipe: YamlRecipe, path: Path) -> None:
             )
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class UniqueKeys(yaml.SafeLoader):
     """YAML, but a key given twice is an error instead of the last one winning."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

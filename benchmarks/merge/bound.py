@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from wpmerge.merge import merge_recipe
+from wpmerge.merging import merge_recipe
 
 BLOCK_BYTES = 2**19
 

@@ -15,7 +15,7 @@ from checkpoints import CONFIG, family, llama_shapes, random_weights, tokenizer,
 import wpmerge.blocks
 from wpmerge.checkpoint import open_checkpoint
 from wpmerge.errors import CheckpointError, OutputError, RecipeError, WpmergeError
-from wpmerge.merge import check_inputs, merge, merge_recipe, merged_state_dict, merged_tensor, open_inputs
+from wpmerge.merging import check_inputs, merge, merge_recipe, merged_state_dict, merged_tensor, open_inputs
 from wpmerge.plan import Coefficient, InputModel, Plan, input_model, load_plan
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -349,7 +349,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import wpmerge.shards, wpmerge.blocks
-from wpmerge.merge import merge_recipe
+from wpmerge.merging import merge_recipe
 wpmerge.blocks.BLOCK_ELEMENTS = 64
 left = [int(sys.argv[3])]
 write = wpmerge.shards.ShardWriter.write
@@ -397,7 +397,7 @@ def test_recipes_are_merged_without_mergekit(tmp_path):
     }
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
     code = (
-        "import sys; from pathlib import Path; from wpmerge.merge import merge_recipe\n"
+        "import sys; from pathlib import Path; from wpmerge.merging import merge_recipe\n"
         "merge_recipe(Path(sys.argv[1]), Path(sys.argv[2]))\n"
         "assert not {'mergekit', 'transformers', 'peft'} & set(sys.modules), 'heavy imports'"
     )
@@ -456,7 +456,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     """The same merge of models of 32 and of 128 MB per checkpoint: the peak stays where it was."""
     code = (
         "import resource, sys; from pathlib import Path; import torch\n"
-        "from wpmerge.merge import merge_recipe\n"
+        "from wpmerge.merging import merge_recipe\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "merge_recipe(Path(sys.argv[1]), Path(sys.argv[2]))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"

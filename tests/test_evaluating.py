@@ -14,7 +14,7 @@ from talkers import FOUR, MURMUR, PLAIN, SHOUT, save_talker, talker, talker_toke
 from transformers import LlamaForCausalLM
 
 from wpmerge.errors import EvaluationError, OutputError, WpmergeError
-from wpmerge.evaluate import evaluate, file_name
+from wpmerge.evaluating import evaluate, file_name
 from wpmerge.evaluation import Evaluation, Skill, load_evaluation
 from wpmerge.harness import HarnessSettings, model_identity
 from wpmerge.statistics import mean_score
@@ -334,7 +334,7 @@ def test_a_groups_outcomes_give_lm_evals_own_score(
             group.add(task)
         return replace(suite, names=("both",), loaded=(group,), groups={"both": group})
 
-    monkeypatch.setattr("wpmerge.evaluate.load_tasks", grouped)
+    monkeypatch.setattr("wpmerge.evaluating.load_tasks", grouped)
     found = run({"base": pair(PLAIN), "m": pair(FOUR)}, tmp_path / "out", {}, base="base")
     score = found.models["m"].scores["both/answer_acc"].value
     assert score == pytest.approx(6 / 8 if by_size else (1 / 2 + 5 / 6) / 2)

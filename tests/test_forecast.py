@@ -1,0 +1,100 @@
+"""Estimates grow as their costs do, and agree with whole runs that were measured."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from test_recipes import LLAMA2, SMOLLM2
+
+from wpmerge.capability import Capability, Prompt
+from wpmerge.forecast import Workload, fusing_needs, judging_needs, longest, scoring_needs, workload
+from wpmerge.run_recipe import Judging, MergeRule, Output, RunRecipe, Scoring
+from wpmerge.sources import Source
+
+EXPERTS = ("format", "math", "json")
+
+
+def work(config: dict[str, Any] = SMOLLM2, *, length: int = 160, **more: Any) -> Workload:
+    prompts = tuple(Prompt(prompt="x" * length) for _ in range(8))
+    names = more.pop("experts", EXPERTS)
+    recipe = RunRecipe(
+        base="base",
+        experts=dict.fromkeys(names, "x"),
+        capabilities=dict.fromkeys(names, "math"),
+        output=Output(directory="x"),
+        **more,
+    )
+    source = Source(
+        source="base",
+        place="hub",
+        path=None,
+        nbytes=10,
+        sized="config",
+        config=config,
+        adapter=False,
+        complete=False,
+    )
+    found = workload(
+        recipe,
+        {"base": source, **dict.fromkeys(names, source)},
+        {name: Capability(name=name, source="math", prompts=prompts) for name in names},
+    )
+    assert found is not None
+    return found
+
+
+def test_scoring_smollm2_is_about_what_was_measured() -> None:
+    """docs/log.md: three experts at the defaults took 866 s of CPU and 3.2 GB; low anchors made it quicker."""
+    needs = scoring_needs(work())
+    assert needs.seconds == pytest.approx(866, rel=1.5)
+    assert needs.memory == pytest.approx(3.2e9, rel=0.5)
+
+
+def test_scoring_grows_with_what_it_grows_with() -> None:
+    base = work(LLAMA2)
+    seconds = scoring_needs(base).seconds
+    assert seconds is not None
+    for changed in (
+        replace(base, recipe=base.recipe.model_copy(update={"scoring": Scoring(prompts=64)})),
+        replace(base, recipe=base.recipe.model_copy(update={"scoring": Scoring(top_k=64)})),
+        replace(base, recipe=base.recipe.model_copy(update={"scoring": Scoring(estimator=["linear", "integrated"])})),
+        work(LLAMA2, length=800),
+    ):
+        assert (scoring_needs(changed).seconds or 0) > seconds
+    fewer = scoring_needs(work(LLAMA2, experts=("math",))).seconds
+    assert fewer is not None and fewer < seconds / 3
+
+
+def test_streaming_takes_less_memory_and_a_bound_is_believed() -> None:
+    whole, streamed = work(LLAMA2), work(LLAMA2, stream=True)
+    assert (scoring_needs(whole).memory or 0) > 200e9
+    assert (scoring_needs(streamed).memory or 0) < 20e9
+    assert scoring_needs(work(LLAMA2, scoring=Scoring(max_memory="9GB"))).memory == 9 * 10**9
+
+
+def test_fusing_depends_on_the_rule_and_the_dtype() -> None:
+    seconds = [
+        fusing_needs(work(LLAMA2, rule=rule)).seconds or 0
+        for rule in (MergeRule(), MergeRule(name="scaled"), MergeRule(name="scaled", scale=0.5))
+    ]
+    assert seconds[0] > seconds[1] > seconds[2]
+    assert fusing_needs(work(LLAMA2)).written == 10
+    wide = work(LLAMA2).recipe.model_copy(update={"output": Output(directory="x", dtype="float32")})
+    assert fusing_needs(replace(work(LLAMA2), recipe=wide)).written == 4 * 13_015_864_320
+
+
+def test_judging_is_estimated_where_documents_and_lengths_are_known() -> None:
+    found = work()
+    known = judging_needs(found, Judging(limit=89, max_gen_tokens=128))
+    assert known.seconds == pytest.approx(665.1 / 3 * 5, rel=0.01)  # benchmarks/results/evaluation: three models
+    assert judging_needs(found, Judging(limit=89)).seconds is None
+    assert judging_needs(found, Judging(max_gen_tokens=128)).seconds is None
+
+
+def test_a_base_without_a_configuration_gives_no_estimate() -> None:
+    found = work()
+    unknown = Source(
+        source="b", place="hub", path=None, nbytes=None, sized=None, config=None, adapter=False, complete=False
+    )
+    assert workload(found.recipe, {"base": unknown}, {}) is None
+    assert longest([]).memory is None and longest([]).seconds is None

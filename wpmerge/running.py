@@ -1,0 +1,457 @@
+"""A whole run: score, fuse, evaluate, each skipped where it is done: the work behind ``wpmerge run``.
+
+Every stage has one output under the run's directory and a key, the hash of the settings that decide it, those of the
+stages before among them. ``run.json`` keeps key and settings of what was done. An output with the same key is taken as
+it is; one with another key is replaced only if that is asked for, and only if every file in it is the stage's own.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from wpmerge import api
+from wpmerge.capability import Capability, load_capability
+from wpmerge.console import Report, finite
+from wpmerge.directory import locate, read_json
+from wpmerge.errors import CheckpointError, OutputError, RecipeError
+from wpmerge.output import write_file
+from wpmerge.plan import BASE
+from wpmerge.provenance import versions
+from wpmerge.run_recipe import EVALUATED, MERGED, Judging, RunRecipe, settings_of
+from wpmerge.scoring import check_names
+from wpmerge.sources import Source, find_source, identity
+from wpmerge.taskdata import file_hash
+
+RECORD = "run.json"
+SCHEMA = 1
+ELSEWHERE = ("max_memory", "threads", "directory")
+"""Settings that change where and how fast a result comes, not what it is; device and streaming are of these too."""
+
+State = Literal["done", "to do", "changed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One part of a run.
+
+    Attributes:
+        name: the command that does it.
+        output: what it makes, under its final name only when it is whole.
+        settings: what decides its result.
+        key: their hash; None while a model is not at hand, so that it is not known.
+        work: does it, replacing what is there if told so.
+    """
+
+    name: str
+    output: Path
+    settings: Mapping[str, Any]
+    key: str | None
+    work: Callable[[bool], object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """A stage that is done: its output, whether it was before, and the seconds it took when it was run."""
+
+    name: str
+    output: Path
+    before: bool
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A recipe with what the command line adds to it.
+
+    Attributes:
+        recipe: what is asked for.
+        out: the directory of the run.
+        places: each model, by name, "base" for the base: the recipe's, or where it lives now.
+        capabilities: by name, retain sets among them.
+        trust_remote_code: see :func:`~wpmerge.checkpoint.open_checkpoint`.
+        unsafe_code: tasks may run code that a model wrote.
+        progress: told what is being done.
+    """
+
+    recipe: RunRecipe
+    out: Path
+    places: Mapping[str, str]
+    capabilities: Mapping[str, Capability]
+    trust_remote_code: bool = False
+    unsafe_code: bool = False
+    progress: Report | None = None
+
+
+def prepare(
+    recipe: RunRecipe,
+    *,
+    out: Path | None = None,
+    models: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
+    unsafe_code: bool = False,
+    progress: Report | None = None,
+) -> Run:
+    """Check what can be checked before a model is opened.
+
+    Args:
+        recipe: what is asked for.
+        out: another directory than the recipe's.
+        models: where models live now, by name, "base" for the base.
+        trust_remote_code: see :func:`~wpmerge.checkpoint.open_checkpoint`.
+        unsafe_code: tasks may run code that a model wrote.
+        progress: told what is being done.
+
+    Raises:
+        WpmergeError: names, capabilities or local documents cannot be used, or the directory holds something else.
+    """
+    places = {BASE: recipe.base, **recipe.experts}
+    if unknown := sorted(set(models or {}) - set(places)):
+        raise RecipeError("the recipe has no such model", got=unknown[0], expected=", ".join(places))
+    own = {name: load_capability(name, spec) for name, spec in recipe.capabilities.items()}
+    retained = {name: load_capability(name, spec) for name, spec in recipe.retain.items()}
+    check_names(recipe.experts, own, retained)
+    if recipe.evaluation is not None:
+        _check_judging(recipe.evaluation, recipe)
+    directory = (out or Path(recipe.output.directory).expanduser()).absolute()
+    _check_directory(directory)
+    return Run(
+        recipe=recipe,
+        out=directory,
+        places={**places, **(models or {})},
+        capabilities=own | retained,
+        trust_remote_code=trust_remote_code,
+        unsafe_code=unsafe_code,
+        progress=progress,
+    )
+
+
+def sources_of(run: Run) -> dict[str, Source]:
+    """What is at hand of every model, without a network; "base" for the base."""
+    return {name: find_source(place, trust_remote_code=run.trust_remote_code) for name, place in run.places.items()}
+
+
+def stages_of(run: Run, places: Mapping[str, Path | None]) -> list[Stage]:
+    """The run's stages, in their order.
+
+    Args:
+        run: what is asked for.
+        places: every model's directory; None where it is not at hand yet.
+    """
+    recipe = run.recipe
+    models = {name: None if path is None else identity(path) for name, path in places.items()}
+    prompts = {name: capability.content_hash() for name, capability in run.capabilities.items()}
+    scoring = {
+        "models": models,
+        "capabilities": prompts,
+        "retain": sorted(recipe.retain),
+        "vocab": recipe.vocab,
+        "scoring": settings_of(recipe.scoring, *ELSEWHERE),
+    }
+    score = _stage("score", run.out / "scores", scoring, lambda overwrite: _score(run, overwrite), after=None)
+    fusing = {"rule": settings_of(recipe.rule), "output": settings_of(recipe.output, *ELSEWHERE)}
+    fuse = _stage("fuse", run.out / MERGED, fusing, lambda overwrite: _fuse(run, overwrite), after=score)
+    stages = [score, fuse]
+    if (judging := recipe.evaluation) is not None:
+        wanted = {"evaluation": settings_of(judging), "documents": _document_hashes(judging)}
+
+        def evaluate(overwrite: bool) -> object:
+            return _evaluate(run, judging, overwrite)
+
+        stages.append(_stage("eval", run.out / "evaluation", wanted, evaluate, after=fuse))
+    return stages  # a report on all of it is one more stage here, whose output is a file
+
+
+def _stage(
+    name: str, output: Path, settings: Mapping[str, Any], work: Callable[[bool], object], *, after: Stage | None
+) -> Stage:
+    """A stage with its key; what the stage before depends on decides this one too."""
+    whole = {**settings, **({} if after is None else {"before": after.key})}
+    known = None not in settings.get("models", {}).values() and (after is None or after.key is not None)
+    text = json.dumps(finite(whole), sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest() if known else None
+    return Stage(name=name, output=output, settings=json.loads(text), key=key, work=work)
+
+
+def state_of(stage: Stage, record: Mapping[str, Any]) -> State:
+    """Whether a stage is done, is to be done, or was done with other settings.
+
+    Raises:
+        OutputError: something that no run made is where its output goes.
+    """
+    if not os.path.lexists(stage.output):
+        return "to do"
+    kept = record.get("stages", {}).get(stage.name)
+    if kept is None:
+        raise OutputError(
+            f"the place of the {stage.name} stage's output is taken by something that this run did not make",
+            where=stage.output,
+            mend="move it away, or give another directory with --out",
+        )
+    finished = kept.get("files") is not None or stage.output.stat().st_ino != kept.get("replaces")
+    return "done" if finished and kept["key"] == stage.key else "changed"
+
+
+def carry_out(run: Run, *, overwrite: bool = False) -> list[Finished]:
+    """Do every stage that is not done.
+
+    Args:
+        run: what :func:`prepare` made.
+        overwrite: replace outputs that were made with other settings.
+
+    Raises:
+        WpmergeError: of any stage; or a stage was done with other settings and ``overwrite`` is not given, or a file
+            of the user's lies in what would be replaced. Nothing of what was there is gone then.
+    """
+    tell: Report = run.progress or (lambda *_: None)
+    places: dict[str, Path | None] = {}
+    for name, place in run.places.items():
+        tell(f"finding {name}", 0, 1)
+        places[name] = locate(place)
+    stages = stages_of(run, places)
+    with _locked(run.out):
+        record = read_record(run.out)
+        states = {stage.name: state_of(stage, record) for stage in stages}
+        changed = [stage for stage in stages if states[stage.name] == "changed"]
+        if changed and not overwrite:
+            raise _refusal(changed, record)
+        for stage in changed:
+            _check_own(stage, record)
+        finished = []
+        for stage in stages:
+            before = states[stage.name] == "done"
+            seconds = _do(stage, run, record, again=states[stage.name] == "changed") if not before else 0.0
+            if before:
+                tell(f"{stage.name}: done before, in {stage.output}", 0, 1)
+            if record["stages"][stage.name].get("files") is None:
+                _keep(stage, record, run, seconds)  # a run was killed between the output's name and the record
+            finished.append(Finished(name=stage.name, output=stage.output, before=before, seconds=seconds))
+    return finished
+
+
+def _do(stage: Stage, run: Run, record: dict[str, Any], *, again: bool) -> float:
+    """Run a stage, and record that it began, so that its output is known as ours once it appears, and that it ended."""
+    replaced = stage.output.stat().st_ino if again else None
+    before = record["stages"].get(stage.name)
+    began = {"key": stage.key, "settings": stage.settings, "replaces": replaced, "files": None}
+    record["stages"][stage.name] = began | ({"replaced": before} if again and before else {})
+    _write(run, record)
+    started = time.monotonic()
+    try:
+        stage.work(again)
+    except Exception:
+        del record["stages"][stage.name]
+        record["stages"] |= {} if before is None else {stage.name: before}
+        _write(run, record)
+        raise
+    seconds = round(time.monotonic() - started, 3)
+    _keep(stage, record, run, seconds)
+    return seconds
+
+
+def _keep(stage: Stage, record: dict[str, Any], run: Run, seconds: float) -> None:
+    kept = {"key": stage.key, "settings": stage.settings, "files": _files(stage.output), "seconds": seconds}
+    record["stages"][stage.name] = kept
+    _write(run, record)
+
+
+def _score(run: Run, overwrite: bool) -> object:
+    recipe = run.recipe
+    return api.score(
+        base=run.places[BASE],
+        expert={name: run.places[name] for name in recipe.experts},
+        capability=recipe.capabilities,
+        retain=recipe.retain,
+        out=run.out / "scores",
+        vocab=recipe.vocab,
+        device=recipe.device,
+        stream=recipe.stream,
+        overwrite=overwrite,
+        trust_remote_code=run.trust_remote_code,
+        progress=run.progress,
+        **settings_of(recipe.scoring),
+    )
+
+
+def _fuse(run: Run, overwrite: bool) -> object:
+    recipe = run.recipe
+    return api.fuse(
+        run.out / "scores",
+        out=run.out / MERGED,
+        rule=recipe.rule.name,
+        model=run.places,
+        device=recipe.device,
+        stream=recipe.stream,
+        overwrite=overwrite,
+        trust_remote_code=run.trust_remote_code,
+        progress=run.progress,
+        **settings_of(recipe.rule, "name"),
+        **settings_of(recipe.output, "directory"),
+    )
+
+
+def _evaluate(run: Run, judging: Judging, overwrite: bool) -> object:
+    def tell(name: str, done: int, total: int) -> None:
+        if run.progress is not None:
+            run.progress(f"evaluating {name}", done, total)
+
+    return api.evaluate(
+        {**run.places, MERGED: run.out / MERGED},
+        out=run.out / "evaluation",
+        base=BASE,
+        device=run.recipe.device,
+        confirm_unsafe_code=run.unsafe_code,
+        overwrite=overwrite,
+        trust_remote_code=run.trust_remote_code,
+        progress=tell,
+        task_data={
+            task: {"" if split == EVALUATED else split: file for split, file in files.items()}
+            if isinstance(files, dict)
+            else files
+            for task, files in judging.task_data.items()
+        },
+        **settings_of(judging, "task_data"),
+    )
+
+
+def read_record(out: Path) -> dict[str, Any]:
+    """What a run recorded in its directory; empty where there is none yet.
+
+    Raises:
+        OutputError: it cannot be read, or a later version wrote it.
+    """
+    file = out / RECORD
+    if not file.exists():
+        return {"stages": {}}
+    try:
+        found = read_json(file)
+    except CheckpointError as error:
+        raise OutputError("the record of a run cannot be read", where=file, got=error.got or error.what) from None
+    if found.get("kind") != "run" or found.get("schema_version") != SCHEMA or not isinstance(found.get("stages"), dict):
+        raise OutputError(
+            "the record of a run is of another version",
+            where=file,
+            got=f"{found.get('kind')} schema {found.get('schema_version')}",
+            expected=f"run schema {SCHEMA}",
+            mend="give another directory with --out",
+        )
+    return found
+
+
+def _write(run: Run, record: dict[str, Any]) -> None:
+    head = {"kind": "run", "schema_version": SCHEMA, "versions": versions(), "recipe": run.recipe.model_dump()}
+    whole = finite({**head, "stages": record["stages"]})
+    write_file(run.out / RECORD, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+
+
+def _refusal(changed: list[Stage], record: Mapping[str, Any]) -> OutputError:
+    """Says what is different, stage by stage."""
+    said = []
+    for stage in changed:
+        kept = record["stages"][stage.name]
+        old, new = _flat((kept.get("replaced") or kept).get("settings", {})), _flat(stage.settings)
+        apart = [name for name in {**old, **new} if old.get(name) != new.get(name) and name != "before"]
+        said += [_difference(name, old.get(name), new.get(name)) for name in apart]
+    return OutputError(
+        "the recipe is not the one that what is there was made with",
+        where=", ".join(str(stage.output) for stage in changed),
+        got="; ".join(said) or "a replacement that was not finished",
+        mend="give another directory with --out, or replace what is there with --overwrite",
+    )
+
+
+def _difference(name: str, old: object, new: object) -> str:
+    """A changed setting; what is recorded as a hash is only said to differ."""
+    if name.startswith(("models.", "capabilities.", "documents.")):
+        return (
+            f"{name} differs"
+            if old is not None and new is not None
+            else f"{name} is {'gone' if new is None else 'new'}"
+        )
+    return f"{name} is {new}, was {old}"
+
+
+def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
+    return found
+
+
+def _files(output: Path) -> dict[str, int]:
+    """Every file of an output and its bytes."""
+    if output.is_file():
+        return {"": output.stat().st_size}
+    return {str(file.relative_to(output)): file.stat().st_size for file in sorted(output.rglob("*")) if file.is_file()}
+
+
+def _check_own(stage: Stage, record: Mapping[str, Any]) -> None:
+    """Refuse to replace an output that holds a file which the stage did not write, or that was changed since."""
+    kept = record["stages"][stage.name]
+    known = kept.get("files") or (kept.get("replaced") or {}).get("files")
+    there = _files(stage.output)
+    if known is None:
+        return
+    strange = [name for name, size in there.items() if known.get(name) != size]
+    if strange:
+        raise OutputError(
+            f"the {stage.name} stage's output holds a file that it did not write, and would be replaced",
+            where=stage.output,
+            got=strange[0] or stage.output.name,
+            mend="move it away, or give another directory with --out",
+        )
+
+
+def _check_directory(out: Path) -> None:
+    """Refuse a directory of somebody else's."""
+    if not os.path.lexists(out):
+        return
+    if not out.is_dir():
+        raise OutputError("the run's directory is something else", where=out, mend="give another with --out")
+    if any(out.iterdir()) and not (out / RECORD).is_file():
+        raise OutputError(
+            "the run's directory holds something else", where=out, expected=f"{RECORD}, or nothing", mend="give another"
+        )
+
+
+def _check_judging(judging: Judging, recipe: RunRecipe) -> None:
+    """Refuse what no evaluation can be made of, before hours of scoring."""
+    if unknown := [name for name in judging.skill if name not in recipe.experts]:
+        raise RecipeError("evaluation.skill names no expert", got=unknown[0], expected=", ".join(recipe.experts))
+    for task, file in _document_files(judging):
+        if not file.is_file():
+            raise RecipeError(f"evaluation.task_data.{task} is no file", where=file, mend="check the path")
+
+
+def _document_files(judging: Judging) -> Iterator[tuple[str, Path]]:
+    for task, files in judging.task_data.items():
+        for file in files.values() if isinstance(files, dict) else [files]:
+            yield task, Path(file)
+
+
+def _document_hashes(judging: Judging) -> dict[str, str]:
+    return {f"{task}: {file.name}": file_hash(file) for task, file in _document_files(judging)}
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """The run's directory, made where it is missing, for this run alone."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise OutputError("the run's directory cannot be made", where=out, got=error.strerror) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError("another run is at work in this directory", where=out) from None
+    else:
+        yield
+    finally:
+        os.close(descriptor)
