@@ -12,6 +12,7 @@ from wpmerge.cli_eval import evaluate
 from wpmerge.cli_fuse import fuse
 from wpmerge.cli_merge import merge, verify
 from wpmerge.cli_prove import prove
+from wpmerge.cli_report import report
 from wpmerge.errors import WpmergeError
 
 READOUTS = ("reference", "anchor", "divergence")
@@ -219,12 +220,16 @@ app.command("verify")(verify)
 app.command("eval")(evaluate)
 app.command("bench")(bench)
 app.command("prove")(prove)
+app.command("report")(report)
 
 
 @app.command()
 def inspect(
     path: Annotated[
-        str, typer.Argument(metavar="PATH", help="Scores, a plan, an evaluation, or a checkpoint: directory or hub id.")
+        str,
+        typer.Argument(
+            metavar="PATH", help="Scores, a plan, a proof, an evaluation, or a checkpoint: directory or hub id."
+        ),
     ],
     top: Annotated[int, typer.Option(metavar="N", min=1, help="Strongest units of each kind to show, of scores.")] = 5,
     trust_remote_code: options.TrustRemoteCode = False,

@@ -1,0 +1,137 @@
+"""Figures as Vega-Lite: what all of them share. Pure functions.
+
+Colours that depend on the page's background are names in braces, which :func:`themed` replaces; a page does the same.
+Nothing is told by colour alone: signs have marks, roles have letters, lines have dashes, numbers are written out.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import altair as alt
+
+LIGHT: Mapping[str, str] = {
+    "{ink}": "#1b1f24",
+    "{soft}": "#57606a",
+    "{grid}": "#d8dee4",
+    "{paper}": "#ffffff",
+    "{low2}": "#b35806",
+    "{low1}": "#f1a340",
+    "{mid}": "#f4f4f4",
+    "{high1}": "#74a9cf",
+    "{high2}": "#0b4f8a",
+}
+"""Orange to blue through grey: told apart under every common colour blindness, and in print."""
+DARK: Mapping[str, str] = {
+    "{ink}": "#e6edf3",
+    "{soft}": "#9da7b3",
+    "{grid}": "#30363d",
+    "{paper}": "#0d1117",
+    "{low2}": "#ffc46b",
+    "{low1}": "#a8641a",
+    "{mid}": "#22272e",
+    "{high1}": "#2f78b7",
+    "{high2}": "#9fd3ff",
+}
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f7f7f", "#b2a000")
+"""Okabe and Ito's colours, readable on white and on black."""
+READOUT_TITLES: Mapping[str, str] = {
+    "reference": "log-probability of the reference replies",
+    "anchor": "anchor in the residual stream",
+    "divergence": "divergence from the expert",
+}
+PLURALS = {
+    "head": "heads",
+    "neuron": "neurons",
+    "kv_group": "key/value groups",
+    "norm": "norms",
+    "output_bias": "biases",
+}
+
+_FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """One figure, ready to be drawn.
+
+    Attributes:
+        name: of its file, and of its place in a page.
+        title: what is shown.
+        caption: how it is read; plain text.
+        spec: Vega-Lite without data.
+        rows: its data, which the spec calls ``rows``.
+        picks: a click on it picks the unit named in the row's ``unit``.
+        folded: shown only when it is asked for.
+        kind: of the units that it maps, layer × unit; empty for what is no such map.
+    """
+
+    name: str
+    title: str
+    caption: str
+    spec: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    picks: bool = False
+    folded: bool = False
+    kind: str = ""
+
+
+def config() -> dict[str, Any]:
+    """Type sizes and colours that every figure shares."""
+    return {
+        "background": None,
+        "font": _FONT,
+        "view": {"stroke": "{grid}", "fill": None},
+        "axis": {
+            "labelColor": "{soft}",
+            "titleColor": "{ink}",
+            "titleFontWeight": 500,
+            "titleFontSize": 12,
+            "labelFontSize": 11,
+            "domainColor": "{soft}",
+            "tickColor": "{soft}",
+            "gridColor": "{grid}",
+        },
+        "header": {"labelColor": "{ink}", "titleColor": "{soft}", "labelFontSize": 12, "titleFontSize": 12},
+        "legend": {"labelColor": "{ink}", "titleColor": "{ink}", "titleFontSize": 12, "titleLimit": 400},
+        "title": {"color": "{ink}", "subtitleColor": "{soft}", "anchor": "start", "fontSize": 15, "offset": 14},
+        "text": {"color": "{ink}"},
+        "rule": {"color": "{soft}"},
+        "range": {"category": list(PALETTE)},
+    }
+
+
+def finish(chart: Any) -> dict[str, Any]:
+    """A chart as a spec, its data named ``rows`` and left to the page."""
+    made: dict[str, Any] = chart.to_dict(validate=False)
+    made.pop("config", None)
+    made.pop("datasets", None)
+    return {**made, "config": config()}
+
+
+def themed(spec: Mapping[str, Any], theme: Mapping[str, str]) -> dict[str, Any]:
+    """A spec with its colours."""
+    text = json.dumps(spec)
+    for name, colour in theme.items():
+        text = text.replace(name, colour)
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def with_data(figure: Figure, theme: Mapping[str, str] = LIGHT) -> dict[str, Any]:
+    """A figure's whole spec, titled, on its background: for a file of its own."""
+    spec = themed(figure.spec, theme)
+    spec["config"]["background"] = theme["{paper}"]
+    return {**spec, "title": {"text": figure.title}, "datasets": {"rows": list(figure.rows)}, "padding": 12}
+
+
+def rows() -> Any:
+    """A chart on the figure's own data."""
+    return alt.Chart(alt.NamedData(name="rows"))
+
+
+def number_axis(count: int, size: int, title: str) -> Any:
+    """An axis of ordinal numbers that labels as many of them as there is room for."""
+    every = next((step for step in (1, 2, 5, 10, 20, 50, 100) if step * size >= 16), 1000)
+    return alt.Axis(title=title, values=list(range(0, count, every)), labelAngle=0, ticks=False, domain=False)
