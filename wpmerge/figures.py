@@ -80,7 +80,7 @@ class Figure:
 def config() -> dict[str, Any]:
     """Type sizes and colours that every figure shares."""
     return {
-        "background": None,
+        "background": "transparent",
         "font": _FONT,
         "view": {"stroke": "{grid}", "fill": None},
         "axis": {
@@ -127,11 +127,21 @@ def with_data(figure: Figure, theme: Mapping[str, str] = LIGHT) -> dict[str, Any
 
 
 def rows() -> Any:
-    """A chart on the figure's own data."""
-    return alt.Chart(alt.NamedData(name="rows"))
+    """A part of a chart on the figure's own data, which the whole is given."""
+    return alt.Chart()
+
+
+def own_data() -> Any:
+    """The figure's own data, by name."""
+    return alt.NamedData(name="rows")
+
+
+def ticks(count: int, size: float) -> list[int]:
+    """Which of the numbers from 0 on have room for a label, at so many pixels a number."""
+    every = next((step for step in (1, 2, 5, 10, 20, 50, 100) if step * size >= 16), 1000)
+    return list(range(0, count, every))
 
 
 def number_axis(count: int, size: int, title: str) -> Any:
-    """An axis of ordinal numbers that labels as many of them as there is room for."""
-    every = next((step for step in (1, 2, 5, 10, 20, 50, 100) if step * size >= 16), 1000)
-    return alt.Axis(title=title, values=list(range(0, count, every)), labelAngle=0, ticks=False, domain=False)
+    """An axis of ordinal numbers."""
+    return alt.Axis(title=title, values=ticks(count, size), labelAngle=0, ticks=False, domain=False)

@@ -6,10 +6,11 @@ from typing import Any
 import altair as alt
 
 from wpmerge.cells import Z95, rounded
-from wpmerge.figures import PALETTE, PLURALS, Figure, finish, number_axis, rows
+from wpmerge.figures import PALETTE, PLURALS, Figure, finish, own_data, rows, ticks
 from wpmerge.scores import Scores
 
 RANDOM, LINEAR = "matched random, mean", "linear"
+EXACT, RECOVERED = "exact, fraction of the gap", "recovered, fraction of the gap"
 DASHES = ((1, 0), (6, 3), (2, 2), (8, 3, 2, 3), (4, 4), (10, 4), (3, 1))
 ROLE_MARKS = {"source": "S", "aggregation": "A", "execution": "E"}
 ROLE_COLOURS = {"source": PALETTE[0], "aggregation": PALETTE[5], "execution": PALETTE[2]}
@@ -37,7 +38,7 @@ def anchor_curves(scores: Scores) -> Figure | None:
         _anchor_row("share", "fraction", list(CURVE_MEASURES.values()), labels, wide, scores.layers, header=True),
         _anchor_row("t", "t of the gap", ["t"], labels, wide, scores.layers, header=False),
     ]
-    chart = alt.vconcat(*parts, data=alt.NamedData(name="rows"), spacing=8).resolve_scale(color="independent")
+    chart = alt.vconcat(*parts, spacing=8).resolve_scale(color="independent")
     return Figure(
         name="anchors",
         title="Anchors: where the control state of a capability has formed",
@@ -53,14 +54,16 @@ def anchor_curves(scores: Scores) -> Figure | None:
 def _anchor_row(
     row: str, title: str, measures: Sequence[str], labels: Sequence[str], wide: int, layers: int, *, header: bool
 ) -> Any:
-    base = rows().transform_filter(f"datum.row === '{row}'")
+    base, named = rows().transform_filter(f"datum.row === '{row}'"), "" if header else "layer"
     legend = alt.Legend(title=None, orient="top", symbolSize=90) if len(measures) > 1 else None
     scale = alt.Scale(domain=list(measures), range=list(PALETTE[: len(measures)]))
     lines = (
         base.transform_filter("isValid(datum.value)")
         .mark_line(point=alt.OverlayMarkDef(size=36), strokeWidth=2)
         .encode(
-            x=alt.X("layer:Q", scale=alt.Scale(domain=[0, max(1, layers - 1)]), axis=_layer_axis(layers, wide, row)),
+            x=alt.X(
+                "layer:Q", scale=alt.Scale(domain=[0, max(1, layers - 1)]), axis=_layer_axis(layers, wide), title=named
+            ),
             y=alt.Y("value:Q", title=title),
             color=alt.Color("measure:N", scale=scale, legend=legend),
             strokeDash=alt.StrokeDash("measure:N", sort=list(measures), legend=legend),
@@ -68,22 +71,21 @@ def _anchor_row(
         )
     )
     star = base.transform_filter("isValid(datum.star)")
-    rule = star.mark_rule(color="{ink}", strokeDash=[4, 3], strokeWidth=1.5).encode(x="star:Q")
+    rule = star.mark_rule(color="{ink}", strokeDash=[4, 3], strokeWidth=1.5).encode(x=alt.X("star:Q", title=named))
     layered = [lines, rule]
     if header:
         left = star.mark_text(align="left", dx=5, baseline="top", fontWeight=600, color="{ink}")
-        layered.append(left.encode(x="star:Q", y=alt.value(3), text="text:N"))
+        layered.append(left.encode(x=alt.X("star:Q", title=named), y=alt.value(3), text="text:N"))
     titled = alt.Header(title=None, labels=header)
     return (
         alt.layer(*layered)
         .properties(width=wide, height=150 if header else 90)
-        .facet(column=alt.Column("panel:N", sort=list(labels), header=titled), spacing=22)
+        .facet(column=alt.Column("panel:N", sort=list(labels), header=titled), data=own_data(), spacing=22)
     )
 
 
-def _layer_axis(layers: int, wide: int, row: str) -> Any:
-    axis = number_axis(layers, wide // max(1, layers - 1), "layer" if row == "t" else "")
-    return alt.Axis(title=axis.title, values=axis.values, format="d", grid=False)
+def _layer_axis(layers: int, wide: int) -> Any:
+    return alt.Axis(values=ticks(layers, wide / max(1, layers - 1)), format="d", grid=False)
 
 
 def screen_scatter(scores: Scores, readout: str, kinds: Sequence[str], *, folded: bool = False) -> Figure | None:
@@ -123,20 +125,20 @@ def screen_scatter(scores: Scores, readout: str, kinds: Sequence[str], *, folded
         *(alt.Tooltip(f"{name}:Q", format=".3~g") for name in ("screen", "exact", "low", "high")),
     ]
     marks = points.mark_point(size=46, strokeWidth=1.4).encode(
-        y=alt.Y("exact:Q", title="exact, fraction of the gap"),
+        y=alt.Y("exact:Q", title=EXACT),
         shape=alt.Shape("drawn:N", scale=alt.Scale(domain=drawn, range=["circle", "triangle-up"]), legend=legend),
         color=alt.Color("drawn:N", scale=alt.Scale(domain=drawn, range=[PALETTE[0], PALETTE[5]]), legend=legend),
         tooltip=tips,
     )
-    bars = points.mark_rule(strokeWidth=1, opacity=0.7).encode(y="low:Q", y2="high:Q")
-    same = points.mark_line(color="{soft}", strokeDash=[4, 3], strokeWidth=1).encode(y=alt.Y("screen:Q"))
+    bars = points.mark_rule(strokeWidth=1, opacity=0.7).encode(y=alt.Y("low:Q", title=EXACT), y2="high:Q")
+    same = points.mark_line(color="{soft}", strokeDash=[4, 3], strokeWidth=1).encode(y=alt.Y("screen:Q", title=EXACT))
     header = alt.Header(
         title=None, labelExpr="split(datum.label, '\\n')", labelLineHeight=15, labelAlign="left", labelAnchor="start"
     )
     chart = (
         alt.layer(same, bars, marks)
         .properties(width=max(170, min(250, 900 // columns)), height=170)
-        .facet(data=alt.NamedData(name="rows"), facet=alt.Facet("panel:N", sort=order, header=header), columns=columns)
+        .facet(data=own_data(), facet=alt.Facet("panel:N", sort=order, header=header), columns=columns)
         .resolve_scale(x="independent", y="independent")
     )
     return Figure(
@@ -191,14 +193,14 @@ def proof_curves(proof: Mapping[str, Any], readout: str, *, folded: bool = False
         rows()
         .transform_filter("isValid(datum.low)")
         .mark_area(color="{soft}", opacity=0.25)
-        .encode(x=x, y="low:Q", y2="high:Q")
+        .encode(x=x, y=alt.Y("low:Q", title=RECOVERED), y2="high:Q")
     )
     lines = (
         rows()
         .mark_line(point=alt.OverlayMarkDef(size=20))
         .encode(
             x=x,
-            y=alt.Y("value:Q", title="recovered, fraction of the gap"),
+            y=alt.Y("value:Q", title=RECOVERED),
             color=alt.Color("ranking:N", scale=alt.Scale(domain=names, range=colours), legend=legend),
             strokeDash=alt.StrokeDash(
                 "ranking:N",
@@ -218,7 +220,7 @@ def proof_curves(proof: Mapping[str, Any], readout: str, *, folded: bool = False
         alt.layer(band, lines)
         .properties(width=max(170, min(260, 820 // len(capabilities))), height=170)
         .facet(
-            data=alt.NamedData(name="rows"),
+            data=own_data(),
             column=alt.Column("capability:N", sort=capabilities, header=alt.Header(title=None)),
             row=alt.Row(
                 "curve:N",
@@ -285,7 +287,7 @@ def role_map(proof: Mapping[str, Any], scores: Scores) -> Figure | None:
         "layer:Q",
         title="layer",
         scale=alt.Scale(domain=[-0.5, scores.layers - 0.5]),
-        axis=alt.Axis(values=number_axis(scores.layers, wide // scores.layers, "").values, format="d", grid=False),
+        axis=alt.Axis(values=ticks(scores.layers, wide / scores.layers), format="d", grid=False),
     )
     marks = (
         rows()
@@ -300,13 +302,16 @@ def role_map(proof: Mapping[str, Any], scores: Scores) -> Figure | None:
         )
     )
     rule = (
-        rows().transform_filter("isValid(datum.star)").mark_rule(color="{soft}", strokeDash=[4, 3]).encode(x="star:Q")
+        rows()
+        .transform_filter("isValid(datum.star)")
+        .mark_rule(color="{soft}", strokeDash=[4, 3])
+        .encode(x=alt.X("star:Q", title="layer"))
     )
     chart = (
         alt.layer(rule, marks)
         .properties(width=wide, height=170)
         .facet(
-            data=alt.NamedData(name="rows"),
+            data=own_data(),
             column=alt.Column("capability:N", sort=capabilities, header=alt.Header(title=None)),
             row=alt.Row("kind:N", sort=kinds, header=alt.Header(title=None)),
         )

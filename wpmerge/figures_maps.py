@@ -7,9 +7,10 @@ import altair as alt
 
 from wpmerge.arch import MODEL_KINDS, Kind
 from wpmerge.cells import Panel, cell_width, cells, panels
-from wpmerge.figures import PALETTE, PLURALS, READOUT_TITLES, Figure, finish, number_axis, rows
+from wpmerge.figures import PALETTE, PLURALS, READOUT_TITLES, Figure, finish, number_axis, own_data, rows
 from wpmerge.scores import Scores
 
+SCORE = "recovery, fraction of the gap"
 HATCH = "M-1,1L1,-1"
 """A stroke through a cell that has no number."""
 
@@ -95,7 +96,7 @@ def score_map(scores: Scores, kind: Kind, readout: str, *, retain: bool = False,
     bins = -(-count // width)
     wide, high = cell = steps(layers, bins, columns)
     end = reach([each["value"] for each in found])
-    unit = "effect, nats per token" if retain else "recovery, fraction of the gap"
+    unit = "effect, nats per token" if retain else SCORE
     colour = alt.Color(
         "value:Q", scale=diverging(end), legend=alt.Legend(title=unit, orient="top", gradientLength=260, format=".2~g")
     )
@@ -109,7 +110,7 @@ def score_map(scores: Scores, kind: Kind, readout: str, *, retain: bool = False,
     ).properties(width=wide * layers, height=high * bins)
     labels, experts = list(dict.fromkeys(each.label for each in maps)), list(dict.fromkeys(m.expert for m in maps))
     chart = chart.facet(
-        data=alt.NamedData(name="rows"),
+        data=own_data(),
         row=alt.Row("expert:N", sort=experts, header=alt.Header(title="units from expert")),
         column=alt.Column("read:N", sort=labels, header=alt.Header(title="read by")),
         spacing=14,
@@ -155,15 +156,17 @@ def model_units(scores: Scores, kinds: Sequence[Kind], readout: str) -> Figure |
         .transform_filter("isValid(datum.value)")
         .mark_point(size=90, filled=True, opacity=0.9)
         .encode(
-            x=alt.X("value:Q", title="recovery, fraction of the gap"),
+            x=alt.X("value:Q", title=SCORE),
             y=alt.Y("unit:N", title=None, sort=list(dict.fromkeys(each["unit"] for each in found))),
             color=alt.Color("expert:N", scale=alt.Scale(range=list(PALETTE)), legend=None),
             shape=own,
             tooltip=list(TIPS),
         )
     )
-    zero = alt.Chart(alt.InlineData(values=[{"zero": 0}])).mark_rule(color="{soft}").encode(x="zero:Q")
-    chart = alt.layer(zero, points, data=alt.NamedData(name="rows")).properties(width=230)
+    zero = (
+        alt.Chart(alt.InlineData(values=[{"zero": 0}])).mark_rule(color="{soft}").encode(x=alt.X("zero:Q", title=SCORE))
+    )
+    chart = alt.layer(zero, points, data=own_data()).properties(width=230)
     labels = list(dict.fromkeys(each["read"] for each in found))
     chart = chart.facet(column=alt.Column("read:N", sort=labels, header=alt.Header(title="read by")))
     return Figure(
@@ -231,7 +234,7 @@ def coefficient_map(
         marks=False,
     ).properties(width=wide * layers, height=high * bins)
     chart = chart.facet(
-        data=alt.NamedData(name="rows"),
+        data=own_data(),
         column=alt.Column("expert:N", sort=list(arrays), header=alt.Header(title="coefficients of expert")),
         spacing=14,
     )

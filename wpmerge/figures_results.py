@@ -7,7 +7,7 @@ import altair as alt
 
 from wpmerge.cells import Z95, rounded
 from wpmerge.evaluation import Evaluation
-from wpmerge.figures import PALETTE, Figure, finish, rows
+from wpmerge.figures import PALETTE, Figure, finish, own_data, rows
 from wpmerge.statistics import Interval
 
 MEAN, LEAST = "mean over skills", "the worst skill"
@@ -66,7 +66,7 @@ def _intervals(models: Sequence[str], panels: Sequence[str], looks: Mapping[str,
         .transform_filter("isValid(datum.value)")
         .mark_point(size=70, filled=True, opacity=1)
         .encode(
-            x="value:Q",
+            x=alt.X("value:Q", title=RETENTION),
             y=y,
             color=alt.Color("role:N", scale=colours, legend=legend),
             shape=alt.Shape("role:N", scale=shapes, legend=legend),
@@ -78,12 +78,13 @@ def _intervals(models: Sequence[str], panels: Sequence[str], looks: Mapping[str,
         )
     )
     ends = alt.Chart(alt.InlineData(values=[{"end": 0}, {"end": 1}]))
-    rules = ends.mark_rule(color="{soft}", strokeDash=[3, 3]).encode(x="end:Q")
+    rules = ends.mark_rule(color="{soft}", strokeDash=[3, 3]).encode(x=alt.X("end:Q", title=RETENTION))
+    header = alt.Header(title=None, labelExpr="split(datum.label, '\\n')", labelLineHeight=15)
     few = min(COLUMNS, len(panels))
     return (
-        alt.layer(rules, bars, dots, data=alt.NamedData(name="rows"))
+        alt.layer(rules, bars, dots, data=own_data())
         .properties(width=max(150, 800 // few), height=24 * len(models))
-        .facet(facet=alt.Facet("panel:N", sort=list(panels), header=alt.Header(title=None)), columns=few)
+        .facet(facet=alt.Facet("panel:N", sort=list(panels), header=header), columns=few)
     )
 
 
@@ -133,9 +134,9 @@ def instruction_figure(evaluation: Evaluation) -> Figure | None:
     texts = base.mark_text(fontSize=12, tooltip=None).encode(text="written:N", color=ink)
     chart = alt.layer(cells, texts).properties(width=74 * len(models), height=26 * len(kinds))
     if len(tasks) > 1:
-        chart = chart.facet(data=alt.NamedData(name="rows"), column=alt.Column("task:N", sort=tasks, title=None))
+        chart = chart.facet(data=own_data(), column=alt.Column("task:N", sort=tasks, title=None))
     else:
-        chart = chart.properties(data=alt.NamedData(name="rows"))
+        chart = chart.properties(data=own_data())
     return Figure(
         name="instructions",
         title="Instructions followed, by type",
@@ -169,13 +170,7 @@ def bench_figure(bench: Mapping[str, Any], measure: str, *, folded: bool = False
         title=f"Strategies tuned alike: retention by {MEASURES.get(measure, measure)}",
         caption="0 is the base and 1 each skill's own expert, on fresh prompts. Bars are 95% intervals, by prompt "
         "and seed. Circles are this tool's rules and their controls, squares other ways of merging.",
-        spec=finish(_bench_chart(order, panels)),
+        spec=finish(_intervals(order, panels, STRATEGY_LOOKS)),
         rows=found,
         folded=folded,
     )
-
-
-def _bench_chart(order: Sequence[str], panels: Sequence[str]) -> Any:
-    chart = _intervals(order, panels, STRATEGY_LOOKS)
-    chart.facet.header = alt.Header(title=None, labelExpr="split(datum.label, '\\n')", labelLineHeight=15)
-    return chart
