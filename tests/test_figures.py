@@ -24,6 +24,7 @@ def whole(**sizes) -> Material:
         evaluation=made_evaluation(scores),
         proof=made_proof(scores),
         bench=made_bench(scores),
+        retention=made_evaluation(scores).retention(),
     )
 
 
@@ -141,13 +142,13 @@ def test_roles_are_letters():
 
 def test_retention_has_base_experts_and_merges():
     evaluation = made_evaluation(made_scores())
-    figure = retention_figure(evaluation)
+    figure = retention_figure(evaluation, evaluation.retention())
     rows = {(each["model"], each["panel"]): each for each in figure.rows}
     assert rows["a", TYPES[0]]["value"] == 1.0 and rows["a", TYPES[0]]["role"] == "expert"
     assert rows["base", TYPES[0]]["value"] == 0.0 and rows["merge", TYPES[1]]["role"] == "merge"
     assert rows["merge", TYPES[0]]["value"] == pytest.approx(5 / 6, abs=1e-3)
     assert rows["merge", TYPES[0]]["low"] < 5 / 6 < rows["merge", TYPES[0]]["high"]
-    assert retention_figure(replace(evaluation, skills={})) is None
+    assert retention_figure(evaluation, {}) is None
 
 
 def test_instructions_are_written_out():
@@ -183,5 +184,5 @@ def test_packing_keeps_every_row():
 
 
 def test_a_png_is_one():
-    found = png_of(retention_figure(made_evaluation(made_scores())))
+    found = png_of(anchor_curves(made_scores()))
     assert found[:8] == b"\x89PNG\r\n\x1a\n" and len(found) > 5_000

@@ -257,18 +257,20 @@ def demo(
 ) -> None:
     """Score, fuse and evaluate the small family that comes with the package."""
     console.set_up(verbose=verbose)
-    from wpmerge.demo import run_demo
+    from wpmerge.demo import REPORT, run_demo
 
     with console.reporting() as report:
         result = run_demo(out, progress=report)
     summary = {
         "out": str(result.out),
+        "report": str(result.out / REPORT),
         "scales": result.scales,
         "models": [dict(zip(result.header, row, strict=True)) for row in result.table],
         "seconds": round(result.seconds, 1),
     }
     scales = [[name, *(console.number(scale) for scale in row.values())] for name, row in result.scales.items()]
-    title = f"share of replies that follow each instruction; {result.seconds:.0f} s; everything is in {result.out}"
+    title = f"share of replies that follow each instruction; {result.seconds:.0f} s; everything is in {result.out}, "
+    title += f"and {result.out / REPORT} shows it"
     tables = [
         console.Table(title="scales", header=["merge", *result.instructions], rows=scales),
         console.Table(title=title, header=result.header, rows=result.table),

@@ -8,7 +8,7 @@ import altair as alt
 from wpmerge.cells import Z95, rounded
 from wpmerge.evaluation import Evaluation
 from wpmerge.figures import PALETTE, Figure, finish, own_data, rows
-from wpmerge.statistics import Interval
+from wpmerge.statistics import Interval, Retention
 
 MEAN, LEAST = "mean over skills", "the worst skill"
 RETENTION = "retention, fraction of the gap"
@@ -20,9 +20,13 @@ STRATEGY_LOOKS = {"wpmerge": ("circle", PALETTE[0]), "other methods": ("square",
 MEASURES = {"generated": "share of correct replies", "logprob": "log-probability of reference replies"}
 
 
-def retention_figure(evaluation: Evaluation) -> Figure | None:
-    """What each model keeps of each skill, with 95% intervals; the base is at 0 and a skill's expert at 1."""
-    kept = evaluation.retention()
+def retention_figure(evaluation: Evaluation, kept: Mapping[str, Retention]) -> Figure | None:
+    """What each model keeps of each skill, with 95% intervals; the base is at 0 and a skill's expert at 1.
+
+    Args:
+        evaluation: of base, experts and merges.
+        kept: its retention.
+    """
     if not kept:
         return None
     found = [_row(str(evaluation.base), skill, None, "base") for skill in (*evaluation.skills, MEAN, LEAST)]

@@ -66,7 +66,7 @@ def sections(material: Material) -> list[Section]:
         trust += [proof_curves(material.proof, other, folded=True) for other in ("anchor", "judged")]
     kept: list[Figure | None] = []
     if material.evaluation is not None:
-        kept += [retention_figure(material.evaluation), instruction_figure(material.evaluation)]
+        kept += [retention_figure(material.evaluation, material.retention), instruction_figure(material.evaluation)]
     if material.bench is not None:
         kept += [bench_figure(material.bench, "generated"), bench_figure(material.bench, "logprob", folded=True)]
     made = [

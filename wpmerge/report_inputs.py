@@ -16,6 +16,7 @@ from wpmerge.models import layout_of
 from wpmerge.plan import BASE, InputModel, Plan, load_plan
 from wpmerge.proof import load_proof
 from wpmerge.scores import Scores, load_scores
+from wpmerge.statistics import Retention
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class Material:
         bench: ``bench.json``.
         layout: of the base; None where no plan asks for it, or the base is not where it was.
         paths: "scores", "plan", "evaluation", "proof", "bench" → where it was read.
+        retention: of the evaluation's models; its intervals take seconds, so they are computed once.
         remarks: what a reader should know about how these fit together, a sentence each.
     """
 
@@ -41,6 +43,7 @@ class Material:
     proof: Mapping[str, Any] | None = None
     bench: Mapping[str, Any] | None = None
     layout: Layout | None = None
+    retention: Mapping[str, Retention] = field(default_factory=dict)
     paths: Mapping[str, Path] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
 
@@ -78,6 +81,7 @@ def read_material(
         proof=proved,
         bench=None if bench is None else _bench(found, bench),
         layout=layout,
+        retention={} if judged is None else judged.retention(),
         paths={name: path for name, path in given.items() if path is not None},
         remarks=tuple(remarks),
     )

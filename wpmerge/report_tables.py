@@ -71,7 +71,7 @@ def overview(material: Material) -> str:
 
 
 def _kept(material: Material) -> str:
-    if material.evaluation is None or not (kept := material.evaluation.retention()):
+    if not (kept := material.retention):
         return ""
     rows = [
         (
