@@ -38,7 +38,7 @@ def anchor_curves(scores: Scores) -> Figure | None:
         _anchor_row("share", "fraction", list(CURVE_MEASURES.values()), labels, wide, scores.layers, header=True),
         _anchor_row("t", "t of the gap", ["t"], labels, wide, scores.layers, header=False),
     ]
-    chart = alt.vconcat(*parts, spacing=8).resolve_scale(color="independent")
+    chart = alt.vconcat(*parts, spacing=8).resolve_scale(color="independent", strokeDash="independent")
     return Figure(
         name="anchors",
         title="Anchors: where the control state of a capability has formed",
@@ -57,16 +57,20 @@ def _anchor_row(
     base, named = rows().transform_filter(f"datum.row === '{row}'"), "" if header else "layer"
     legend = alt.Legend(title=None, orient="top", symbolSize=90) if len(measures) > 1 else None
     scale = alt.Scale(domain=list(measures), range=list(PALETTE[: len(measures)]))
+    dashes = alt.Scale(domain=list(measures), range=[list(each) for each in DASHES[: len(measures)]])
     lines = (
         base.transform_filter("isValid(datum.value)")
         .mark_line(point=alt.OverlayMarkDef(size=36), strokeWidth=2)
         .encode(
             x=alt.X(
-                "layer:Q", scale=alt.Scale(domain=[0, max(1, layers - 1)]), axis=_layer_axis(layers, wide), title=named
+                "layer:Q",
+                scale=alt.Scale(domain=[-0.25, max(1, layers) - 0.75], nice=False),
+                axis=_layer_axis(layers, wide),
+                title=named,
             ),
             y=alt.Y("value:Q", title=title),
             color=alt.Color("measure:N", scale=scale, legend=legend),
-            strokeDash=alt.StrokeDash("measure:N", sort=list(measures), legend=legend),
+            strokeDash=alt.StrokeDash("measure:N", scale=dashes, legend=legend),
             tooltip=["layer:Q", "measure:N", alt.Tooltip("value:Q", format=".3~g")],
         )
     )
@@ -75,7 +79,7 @@ def _anchor_row(
     layered = [lines, rule]
     if header:
         left = star.mark_text(align="left", dx=5, baseline="top", fontWeight=600, color="{ink}")
-        layered.append(left.encode(x=alt.X("star:Q", title=named), y=alt.value(3), text="text:N"))
+        layered.append(left.encode(x=alt.X("star:Q", title=named), y=alt.value(75), text="text:N"))
     titled = alt.Header(title=None, labels=header)
     return (
         alt.layer(*layered)
@@ -88,8 +92,18 @@ def _layer_axis(layers: int, wide: int) -> Any:
     return alt.Axis(values=ticks(layers, wide / max(1, layers - 1)), format="d", grid=False)
 
 
-def screen_scatter(scores: Scores, readout: str, kinds: Sequence[str], *, folded: bool = False) -> Figure | None:
-    """Screened against exact recovery of the verified units, with Spearman's rank correlation."""
+def screen_scatter(
+    scores: Scores, readout: str, kinds: Sequence[str], *, others: bool = False, folded: bool = False
+) -> Figure | None:
+    """Screened against exact recovery of the verified units, with Spearman's rank correlation.
+
+    Args:
+        scores: what is shown.
+        readout: "reference", "anchor" or "divergence".
+        kinds: of units.
+        others: the kinds are those that another figure of this readout leaves out.
+        folded: see :class:`~wpmerge.figures.Figure`.
+    """
     found: list[dict[str, Any]] = []
     order: list[str] = []
     for kind in kinds:
@@ -142,8 +156,8 @@ def screen_scatter(scores: Scores, readout: str, kinds: Sequence[str], *, folded
         .resolve_scale(x="independent", y="independent")
     )
     return Figure(
-        name=f"screen-{readout}",
-        title=f"Screen against exact patching, by {readout}",
+        name=f"screen-{readout}" + ("-others" if others else ""),
+        title=f"Screen against exact patching, by {readout}" + (": other kinds" if others else ""),
         caption="Every point is a unit that was replaced for real: the linear estimate that ranks all units, and what "
         "replacing it gave, on the same prompts. Bars are 95% intervals over prompts; on the dashed line both agree. "
         "Spearman's rank correlation is over all points of a panel, and over the random draw alone.",

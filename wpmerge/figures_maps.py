@@ -150,7 +150,8 @@ def model_units(scores: Scores, kinds: Sequence[Kind], readout: str) -> Figure |
             found.append({**each, "own": each["expert"] == scores.readouts[each["read"]].capability})
     if not found:
         return None
-    own = alt.Shape("expert:N", legend=alt.Legend(title="units from expert", orient="top"))
+    experts = list(dict.fromkeys(each["expert"] for each in found))
+    legend = alt.Legend(title="units from expert", orient="top")
     points = (
         rows()
         .transform_filter("isValid(datum.value)")
@@ -158,8 +159,8 @@ def model_units(scores: Scores, kinds: Sequence[Kind], readout: str) -> Figure |
         .encode(
             x=alt.X("value:Q", title=SCORE),
             y=alt.Y("unit:N", title=None, sort=list(dict.fromkeys(each["unit"] for each in found))),
-            color=alt.Color("expert:N", scale=alt.Scale(range=list(PALETTE)), legend=None),
-            shape=own,
+            color=alt.Color("expert:N", scale=alt.Scale(domain=experts, range=list(PALETTE)), legend=legend),
+            shape=alt.Shape("expert:N", scale=alt.Scale(domain=experts), legend=legend),
             tooltip=list(TIPS),
         )
     )

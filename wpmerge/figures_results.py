@@ -62,13 +62,16 @@ def _intervals(models: Sequence[str], panels: Sequence[str], looks: Mapping[str,
         rows()
         .mark_rule(strokeWidth=2)
         .encode(
-            x=alt.X("low:Q", title=RETENTION), x2="high:Q", y=y, color=alt.Color("role:N", scale=colours, legend=None)
+            x=alt.X("low:Q", title=RETENTION, scale=alt.Scale(padding=7)),
+            x2="high:Q",
+            y=y,
+            color=alt.Color("role:N", scale=colours, legend=legend),
         )
     )
     dots = (
         rows()
         .transform_filter("isValid(datum.value)")
-        .mark_point(size=70, filled=True, opacity=1)
+        .mark_point(size=50, filled=True, opacity=1)
         .encode(
             x=alt.X("value:Q", title=RETENTION),
             y=y,
@@ -155,12 +158,12 @@ def bench_figure(bench: Mapping[str, Any], measure: str, *, folded: bool = False
     """Mean and worst retention of every strategy of a benchmark, a panel each per set of experts."""
     found: list[dict[str, Any]] = []
     panels: list[str] = []
-    strategies: dict[str, float] = {}
+    strategies: dict[str, tuple[str, float]] = {}
     for cell in (each for each in bench["cells"] if each["measure"] == measure):
         names = " + ".join(cell["subset"])
         for row in cell["rows"]:
             role = "wpmerge" if row["strategy"].startswith(OURS) else "other methods"
-            strategies.setdefault(row["strategy"], row["mean"]["value"] or 0.0)
+            strategies.setdefault(row["strategy"], (names, row["mean"]["value"] or 0.0))
             for what, key in ((MEAN, "mean"), (LEAST, "minimum")):
                 panel = f"{names}\n{what}"
                 panels += [panel] if panel not in panels else []
@@ -168,7 +171,8 @@ def bench_figure(bench: Mapping[str, Any], measure: str, *, folded: bool = False
                 found.append({"model": row["strategy"], "panel": panel, "role": role, **numbers})
     if not found:
         return None
-    order = sorted(strategies, key=lambda name: -strategies[name])
+    first = next(iter(strategies.values()))[0]  # strategies that cannot merge all of its experts come last
+    order = sorted(strategies, key=lambda name: (strategies[name][0] != first, -strategies[name][1]))
     return Figure(
         name=f"bench-{measure}",
         title=f"Strategies tuned alike: retention by {MEASURES.get(measure, measure)}",

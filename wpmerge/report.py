@@ -58,7 +58,7 @@ def sections(material: Material) -> list[Section]:
     trust = [
         anchor_curves(scores),
         screen_scatter(scores, "reference", first),
-        screen_scatter(scores, "reference", rest, folded=True),
+        screen_scatter(scores, "reference", rest, others=True, folded=True),
         *(screen_scatter(scores, other, inner, folded=True) for other in ("anchor", "divergence")),
     ]
     if material.proof is not None:
