@@ -70,6 +70,7 @@ def test_json_and_scripts_cannot_end_their_element():
     value = {"a": "</script><!--"}
     assert "<" not in json_in_page(value) and json.loads(json_in_page(value)) == value
     assert "</script" not in in_script("'</script>'") and "<!--" not in in_script("'<!--'")
+    assert in_script("a.replace(/</g, 1)") == "a.replace(/</g, 1)"
 
 
 def test_the_data_say_of_a_unit_what_the_artifacts_do(home, text):

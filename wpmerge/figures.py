@@ -144,6 +144,12 @@ def own_data() -> Any:
     return alt.NamedData(name="rows")
 
 
+def vertical(value: float, title: str) -> Any:
+    """A dashed line at a number of the horizontal axis, which bears a title."""
+    once = rows().transform_aggregate(rows="count()")
+    return once.mark_rule(color="{soft}", strokeDash=[3, 3]).encode(x=alt.datum(value, title=title))
+
+
 def ticks(count: int, size: float) -> list[int]:
     """Which of the numbers from 0 on have room for a label, at so many pixels a number."""
     every = next((step for step in (1, 2, 5, 10, 20, 50, 100) if step * size >= 16), 1000)

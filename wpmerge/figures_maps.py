@@ -7,7 +7,7 @@ import altair as alt
 
 from wpmerge.arch import MODEL_KINDS, Kind
 from wpmerge.cells import Panel, cell_width, cells, panels
-from wpmerge.figures import PALETTE, PLURALS, READOUT_TITLES, Figure, finish, number_axis, own_data, rows
+from wpmerge.figures import PALETTE, PLURALS, READOUT_TITLES, Figure, finish, number_axis, own_data, rows, vertical
 from wpmerge.scores import Scores
 
 SCORE = "recovery, fraction of the gap"
@@ -164,9 +164,7 @@ def model_units(scores: Scores, kinds: Sequence[Kind], readout: str) -> Figure |
             tooltip=list(TIPS),
         )
     )
-    zero = (
-        alt.Chart(alt.InlineData(values=[{"zero": 0}])).mark_rule(color="{soft}").encode(x=alt.X("zero:Q", title=SCORE))
-    )
+    zero = vertical(0, SCORE)
     chart = alt.layer(zero, points, data=own_data()).properties(width=230)
     labels = list(dict.fromkeys(each["read"] for each in found))
     chart = chart.facet(column=alt.Column("read:N", sort=labels, header=alt.Header(title="read by")))

@@ -7,7 +7,7 @@ import altair as alt
 
 from wpmerge.cells import Z95, rounded
 from wpmerge.evaluation import Evaluation
-from wpmerge.figures import PALETTE, Figure, finish, own_data, rows
+from wpmerge.figures import PALETTE, Figure, finish, own_data, rows, vertical
 from wpmerge.statistics import Interval, Retention
 
 MEAN, LEAST = "mean over skills", "the worst skill"
@@ -84,12 +84,10 @@ def _intervals(models: Sequence[str], panels: Sequence[str], looks: Mapping[str,
             ],
         )
     )
-    ends = alt.Chart(alt.InlineData(values=[{"end": 0}, {"end": 1}]))
-    rules = ends.mark_rule(color="{soft}", strokeDash=[3, 3]).encode(x=alt.X("end:Q", title=RETENTION))
     header = alt.Header(title=None, labelExpr="split(datum.label, '\\n')", labelLineHeight=15)
     few = min(COLUMNS, len(panels))
     return (
-        alt.layer(rules, bars, dots, data=own_data())
+        alt.layer(vertical(0, RETENTION), vertical(1, RETENTION), bars, dots, data=own_data())
         .properties(width=max(150, 800 // few), height=24 * len(models))
         .facet(facet=alt.Facet("panel:N", sort=list(panels), header=header), columns=few)
     )

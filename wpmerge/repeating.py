@@ -1,4 +1,4 @@
-"""The commands that make artifacts again, from what the artifacts say of themselves. Pure functions."""
+"""The commands that make artifacts again, from what the artifacts say of themselves."""
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +43,7 @@ def fuse_command(plan: Plan, scores: Path, out: Path) -> str:
     for name, value in (known.pop("scales", None) or {}).items():
         parts += ["--scale", f"{name}={value}" if name else str(value)]
     parts += _changed(FuseSettings, known, {})
+    parts += [] if (out / "config.json").is_file() else ["--plan-only"]
     if plan.operator.method != "task_arithmetic":
         parts += ["--method", plan.operator.method, "--method-density", str(plan.operator.density)]
     return _line("fuse", [*parts, *_device(plan.provenance)], out)

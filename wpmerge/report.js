@@ -119,36 +119,51 @@
       panel.append(element("p", `wpmerge fuse SCORES --plan-only --out PLAN --explain ${unit} says why it gets what it gets.`));
       return;
     }
-    panel.append(scoreTable(row, unit, kind), ...coefficientParts(row, unit), ...rivalParts(row, unit, kind));
+    panel.append(...scoreTable(row, unit, kind), ...coefficientParts(row, unit), ...rivalParts(row, unit, kind));
   }
 
   function scoreTable(row, unit, kind) {
+    const experts = [...new Set(lookup.maps.map((map) => map.expert))];
+    const labels = [...new Set(lookup.maps.map((map) => map.label))];
+    const largest = Math.max(...lookup.values[row].map((value) => Math.abs(value ?? 0)), 1e-12);
     const table = element("table");
     const head = element("tr");
-    for (const name of ["read by", "from", "score", "rank", "how known"]) head.append(element("th", name, { scope: "col" }));
+    for (const name of ["read by", ...experts]) head.append(element("th", name, { scope: "col" }));
     const body = element("tbody");
-    const largest = Math.max(...lookup.values[row].map((value) => Math.abs(value ?? 0)), 1e-12);
-    lookup.maps.forEach((map, column) => {
-      const value = lookup.values[row][column];
-      const rank = lookup.ranks[row][column];
+    for (const label of labels) {
       const line = element("tr");
-      line.append(element("th", map.label, { scope: "row" }), element("td", map.expert));
-      const cell = element("td");
-      if (value !== null) {
-        const bar = element("span", "", { class: `bar ${value < 0 ? "hurt" : "help"}`, "aria-hidden": "true" });
-        bar.style.width = `${Math.round((34 * Math.abs(value)) / largest)}px`;
-        cell.append(bar);
+      line.append(element("th", label, { scope: "row" }));
+      for (const expert of experts) {
+        const column = lookup.maps.findIndex((map) => map.label === label && map.expert === expert);
+        line.append(scoreCell(row, column, largest));
       }
-      cell.append(short(value));
-      line.append(cell, element("td", rank ? String(rank) : "–"), element("td", how(map, unit, kind, value)));
       body.append(line);
-    });
-    const scroll = element("div", null, { class: "scroll" });
+    }
     const top = element("thead");
     top.append(head);
     table.append(top, body);
+    const scroll = element("div", null, { class: "scroll" });
     scroll.append(table);
-    return scroll;
+    const known = element("ul", null, { class: "known" });
+    lookup.maps.forEach((map, column) => {
+      if (map.own) known.append(element("li", `${map.label}: ${how(map, unit, kind, lookup.values[row][column])}`));
+    });
+    const parts = [element("h4", "Score from each expert, with its rank by size"), scroll];
+    return known.children.length ? [...parts, element("h4", "How known"), known] : parts;
+  }
+
+  function scoreCell(row, column, largest) {
+    const cell = element("td");
+    const value = column < 0 ? null : lookup.values[row][column];
+    if (value === null) {
+      cell.append("–");
+      return cell;
+    }
+    const bar = element("span", "", { class: `bar ${value < 0 ? "hurt" : "help"}`, "aria-hidden": "true" });
+    bar.style.width = `${Math.round((40 * Math.abs(value)) / largest)}px`;
+    const number = element("span", short(value), { class: lookup.maps[column].own ? "own" : "cross" });
+    cell.append(number, element("small", ` #${lookup.ranks[row][column]}`), element("br"), bar);
+    return cell;
   }
 
   function how(map, unit, kind, value) {
@@ -255,10 +270,11 @@
   }
 
   function strongestUnit() {
+    const shown = Object.values(figures).find((figure) => figure.kind);
     let best = null;
     let size = -1;
     lookup.units.forEach((unit, row) => {
-      if (!unit.includes(".")) return;
+      if (!shown || !unit.startsWith(`${shown.kind}.`)) return;
       lookup.maps.forEach((map, column) => {
         const value = Math.abs(lookup.values[row][column] ?? 0);
         if (map.own && map.readout === "reference" && value > size) [best, size] = [unit, value];

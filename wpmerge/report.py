@@ -202,7 +202,7 @@ def json_in_page(value: Any) -> str:
 
 def in_script(text: str) -> str:
     """A script that can stand inside its element: no string in it ends the element, or opens a comment."""
-    return text.replace("</", "<\\/").replace("<!--", "<\\!--")
+    return re.sub("</(?=script)", r"<\\/", text, flags=re.IGNORECASE).replace("<!--", "<\\!--")
 
 
 def _asset(name: str) -> str:

@@ -33,7 +33,7 @@ def overview(material: Material) -> str:
         record = scores.readouts[label]
         gap = "retain set" if record.gap is None else f"{number(record.gap)} {GAP_UNITS[record.readout]}"
         ranks = [
-            f"{kind} {number(each['spearman'], 2)}"
+            f"{kind} {each['spearman']:.2f}"
             for kind, each in entry["kinds"].items()
             if each["spearman"] is not None and kind in ("head", "neuron", "kv_group")
         ]
