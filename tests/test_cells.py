@@ -36,7 +36,7 @@ def test_ranks_are_by_size_and_0_where_there_is_no_score():
 
 @pytest.mark.parametrize(
     ("units", "layers", "maps", "width"),
-    [(9, 30, 9, 1), (4, 4, 9, 1), (1536, 30, 9, 32), (14336, 32, 16, 531), (64, 80, 4, 2)],
+    [(9, 30, 9, 1), (4, 4, 9, 1), (1536, 30, 9, 48), (14336, 32, 16, 531), (64, 80, 4, 2)],
 )
 def test_units_share_cells_where_there_are_too_many(units, layers, maps, width):
     assert bin_width(units, layers, maps) == width
@@ -82,8 +82,13 @@ def test_many_neurons_are_looked_up_by_their_cells():
     scores = made_scores(layers=30, heads=9, neurons=512, names=("a",))
     assert kinds_of(scores) == ["head", "neuron", "norm", "embedding"]
     width = cell_width(scores, "neuron")
-    assert width == 11
+    assert width == 16
     drawn = {"map": cells(scores, "neuron", panels(scores, "reference", "neuron"))}
-    shown = units_shown(scores, "neuron", drawn)
-    assert len(shown) == 30 * 47 < 30 * 512
-    assert len(units_shown(scores, "head", {})) == 270 and units_shown(scores, "embedding", {}) == [(0, 0)]
+    shown = units_shown(scores, "neuron", drawn, maps=3)
+    assert len(shown) == 30 * 32 < 30 * 512
+    assert len(units_shown(scores, "head", {}, maps=3)) == 270
+    assert units_shown(scores, "embedding", {}, maps=3) == [(0, 0)]
+    few = units_shown(scores, "neuron", drawn, maps=1_000)
+    sizes = {cell["unit"]: abs(cell["value"]) for cell in drawn["map"]}
+    largest = sorted(sizes, key=lambda unit: -sizes[unit])[:180]
+    assert {f"neuron.{layer}.{index}" for layer, index in few} == set(largest)

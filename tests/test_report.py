@@ -122,13 +122,13 @@ def test_writing(home, tmp_path, capsys):
 
 
 def test_pngs_are_written_whole_or_not_at_all(tmp_path):
-    material = Material(scores=made_scores(), paths={"scores": tmp_path / "scores"})
+    scores = made_scores(layers=2, heads=2, neurons=4, names=("a",))
+    material = Material(scores=scores, paths={"scores": tmp_path / "scores"})
     written = write_report(material, out=None, png=tmp_path / "png")
     names = {path.name for path in (tmp_path / "png").iterdir()}
     assert names == {"figures.json", *(f"{name}.png" for name in written["figures"])}
     with pytest.raises(WpmergeError, match="exists"):
         write_report(material, out=None, png=tmp_path / "png")
-    write_report(material, out=None, png=tmp_path / "png", overwrite=True)
 
 
 def foreign(scores, **changes) -> Plan:

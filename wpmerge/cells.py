@@ -5,7 +5,7 @@ share one, which shows the strongest of them.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from wpmerge.arch import COARSE_KINDS, KINDS, MODEL_KINDS, Kind, Unit
+from wpmerge.arch import COARSE_KINDS, KINDS, Kind, Unit
 from wpmerge.scores import ReadoutRecord, Scores, Verified, array_key
 
 CELLS = 14_000
 """Most cells of all maps of a kind together."""
-ROWS = 48
+ROWS = 32
 """Most rows of a map whose units are not all shown."""
 FEWEST = 8
 """Rows of a map, however many maps there are."""
@@ -169,29 +169,41 @@ def kinds_of(scores: Scores) -> list[Kind]:
 
 UNITS = 3000
 """Units of a kind up to which all of them can be looked up in a report."""
+NUMBERS = 180_000
+"""Scores of a kind, units times maps, that a report can be asked about: more would make it too large."""
 
 
-def units_shown(scores: Scores, kind: Kind, drawn: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[int, int]]:
+def units_shown(
+    scores: Scores, kind: Kind, drawn: Mapping[str, Sequence[Mapping[str, Any]]], *, maps: int
+) -> list[tuple[int, int]]:
     """Layer and index of the units of a kind that a report can be asked about.
 
-    All of them if they are not many; otherwise those that a cell shows, and those that were verified.
+    All of them if they are not many; otherwise the verified ones, and those that a cell shows, an expert's on its own
+    capability first and large ones before small ones, as many as there is room for.
 
     Args:
         scores: where they have scores.
         kind: of unit.
         drawn: the cells of every map that was drawn, by any key.
+        maps: how many scores each unit brings with it.
     """
     layers, count = next(array.shape for key, array in scores.arrays.items() if key.endswith(f"/{kind}"))
-    if layers * count <= UNITS:
+    most = max(100, NUMBERS // max(1, maps))
+    if layers * count <= min(UNITS, most):
         return [(layer, index) for layer in range(layers) for index in range(count)]
-    names = {str(cell["unit"]) for cells in drawn.values() for cell in cells}
+    order: dict[str, None] = {}
     for record in scores.readouts.values():
-        names |= set(known_exactly(record, kind))
-    return sorted({place for name in names for place in _place(name, kind)})
+        order |= dict.fromkeys(known_exactly(record, kind))
+    shown = [cell for cells in drawn.values() for cell in cells if str(cell["unit"]).startswith(f"{kind}.")]
+    shown.sort(key=lambda cell: (not _is_own(scores, cell), -abs(cell["value"] or 0.0)))
+    order |= dict.fromkeys(str(cell["unit"]) for cell in shown)
+    return sorted(_place(name) for name in list(order)[:most])
 
 
-def _place(name: str, kind: Kind) -> Iterator[tuple[int, int]]:
-    parts = name.split(".")
-    if parts[0] != kind:
-        return
-    yield (0, 0) if kind in MODEL_KINDS else (int(parts[1]), int(parts[2]))
+def _is_own(scores: Scores, cell: Mapping[str, Any]) -> bool:
+    return scores.readouts[cell["read"]].capability == cell["expert"]
+
+
+def _place(name: str) -> tuple[int, int]:
+    _, layer, index = name.split(".")
+    return int(layer), int(index)

@@ -69,10 +69,10 @@ def map_layers(*, x: Any, y: Any, colour: Any, tips: Sequence[Any], cell: tuple[
     ]
     if marks:
         size = max(6, min(13, *cell))
-        look = {"fontSize": size, "stroke": "{paper}", "strokeWidth": 2.5, "strokeOpacity": 0.85, "tooltip": None}
-        marked = base.encode(text=alt.Text("mark:N")).transform_filter("isValid(datum.mark)")
-        drawn += [marked.mark_text(**look), marked.mark_text(fontSize=size, color="{ink}", tooltip=None)]
-    frame = base.mark_rect(fill=None, stroke="{ink}", strokeWidth=2.5, tooltip=None)
+        look = {"fontSize": size, "stroke": "{paper}", "strokeWidth": 2.5, "strokeOpacity": 0.85}
+        marked = base.encode(text=alt.Text("mark:N"), tooltip=list(tips)).transform_filter("isValid(datum.mark)")
+        drawn += [marked.mark_text(**look), marked.mark_text(fontSize=size, color="{ink}")]
+    frame = base.mark_rect(fill=None, stroke="{ink}", strokeWidth=2.5).encode(tooltip=list(tips))
     drawn.append(frame.transform_filter("datum.layer + '/' + datum.bin === place").add_params(place))
     return alt.layer(*drawn)
 

@@ -136,7 +136,7 @@ def instruction_figure(evaluation: Evaluation) -> Figure | None:
         color=alt.Color("value:Q", scale=scale, legend=legend), tooltip=tips
     )
     ink = alt.condition("datum.value < 0.6", alt.value("#ffffff"), alt.value("#111111"))
-    texts = base.mark_text(fontSize=12, tooltip=None).encode(text="written:N", color=ink)
+    texts = base.mark_text(fontSize=12).encode(text="written:N", color=ink, tooltip=tips)
     chart = alt.layer(cells, texts).properties(width=74 * len(models), height=26 * len(kinds))
     if len(tasks) > 1:
         chart = chart.facet(data=own_data(), column=alt.Column("task:N", sort=tasks, title=None))

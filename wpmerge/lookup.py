@@ -15,7 +15,7 @@ from wpmerge.replaying import outcome_of_plan, unit_coefficients
 from wpmerge.report_inputs import Material
 from wpmerge.scores import Scores, array_key
 
-SENTENCES = 1_200_000
+SENTENCES = 600_000
 """Characters of sentences behind coefficients that a report holds at most."""
 
 
@@ -30,9 +30,10 @@ def lookup(
         drawn: the rows of every map, by figure.
 
     Returns:
-        ``maps``: what each column of ``values`` and ``ranks`` is; ``units``: ids, a row each; ``names`` of those whose
-        id says little; ``kinds``: layers, units, and units a cell; ``exact`` and ``errors`` by label; ``coefficients``
-        by expert; ``why``: unit → sentences; ``roles``: capability → unit → role.
+        ``maps``: what each column of ``values`` is, and of ``ranks``, which only experts on their own capability have;
+        ``units``: ids, a row each; ``names`` of those whose id says little; ``kinds``: layers, units, and units a cell;
+        ``exact`` and ``errors`` by label; ``coefficients`` by expert; ``why``: unit → sentences; ``roles``: capability →
+        unit → role.
     """
     scores = material.scores
     maps = [
@@ -50,7 +51,7 @@ def lookup(
     found: dict[str, Any] = {"maps": maps, "units": [], "values": [], "ranks": [], "names": {}, "kinds": []}
     found["coefficients"] = {} if material.plan is None else {name: [] for name in material.plan.experts}
     for kind in kinds:
-        _add_kind(found, material, kind, units_shown(scores, kind, drawn))
+        _add_kind(found, material, kind, units_shown(scores, kind, drawn, maps=len(maps)))
     found["exact"] = {
         label: {
             unit: [rounded(each.screen), rounded(each.exact), rounded(each.stderr), each.drawn]
@@ -71,7 +72,10 @@ def lookup(
 def _add_kind(found: dict[str, Any], material: Material, kind: Kind, places: Sequence[tuple[int, int]]) -> None:
     scores = material.scores
     arrays = [scores.arrays.get(array_key("linear", each["label"], each["expert"], kind)) for each in found["maps"]]
-    ranks = [None if array is None else rank_by_size(array) for array in arrays]
+    ranks = [
+        rank_by_size(array) if each["own"] and array is not None else None
+        for each, array in zip(found["maps"], arrays, strict=True)
+    ]
     shape = next(array.shape for array in arrays if array is not None)
     width = cell_width(scores, kind)
     whole = len(places) == shape[0] * shape[1]
@@ -81,8 +85,8 @@ def _add_kind(found: dict[str, Any], material: Material, kind: Kind, places: Seq
     for layer, index in places:
         unit = str(Unit(kind=kind, layer=layer, index=index))
         found["units"].append(unit)
-        found["values"].append([None if a is None else rounded(float(a[layer, index])) for a in arrays])
-        found["ranks"].append([0 if rank is None else int(rank[layer, index]) for rank in ranks])
+        found["values"].append([None if a is None else rounded(float(a[layer, index]), 3) for a in arrays])
+        found["ranks"].append([int(rank[layer, index]) if rank is not None else 0 for rank in ranks])
         if kind in scores.labels and kind not in MODEL_KINDS:
             found["names"][unit] = scores.labels[kind][index]
         for expert, values in coefficients.items():

@@ -162,7 +162,8 @@
     const bar = element("span", "", { class: `bar ${value < 0 ? "hurt" : "help"}`, "aria-hidden": "true" });
     bar.style.width = `${Math.round((40 * Math.abs(value)) / largest)}px`;
     const number = element("span", short(value), { class: lookup.maps[column].own ? "own" : "cross" });
-    cell.append(number, element("small", ` #${lookup.ranks[row][column]}`), element("br"), bar);
+    const rank = lookup.ranks[row][column];
+    cell.append(number, element("small", rank ? ` #${rank}` : ""), element("br"), bar);
     return cell;
   }
 
