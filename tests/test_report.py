@@ -79,7 +79,7 @@ def test_the_data_say_of_a_unit_what_the_artifacts_do(home, text):
     for column, each in enumerate(found["maps"]):
         key = f"linear/{each['label']}/{each['expert']}/head"
         if key in scores.arrays:
-            assert found["values"][row][column] == pytest.approx(float(scores.arrays[key][1, 2]), rel=1e-3)
+            assert found["values"][row][column] == pytest.approx(float(scores.arrays[key][1, 2]), rel=6e-3)
     column = [(each["label"], each["expert"]) for each in found["maps"]].index(("a@anchor", "a"))
     assert found["values"][found["units"].index("head.3.0")][column] is None
     assert found["exact"]["a"]["head.0.1"] == [0.1, 0.11, 0.02, "top"]
@@ -193,6 +193,6 @@ def test_large_models_stay_below_the_limit():
     )
     made = sections(material)
     assert len(page(material, made, Path("report.html")).encode()) < LARGEST
-    drawn = {f.name: f.rows for section in made for f in section.figures if f.kind}
+    drawn = {f.name: f.rows for section in made for f in section.figures if f.name.startswith("scores-")}
     found = lookup(material, ["head", "neuron"], drawn)
     assert [each["whole"] for each in found["kinds"]] == [True, False]

@@ -32,8 +32,8 @@ def lookup(
     Returns:
         ``maps``: what each column of ``values`` is, and of ``ranks``, which only experts on their own capability have;
         ``units``: ids, a row each; ``names`` of those whose id says little; ``kinds``: layers, units, and units a cell;
-        ``exact`` and ``errors`` by label; ``coefficients`` by expert; ``why``: unit → sentences; ``roles``: capability →
-        unit → role.
+        ``exact`` and ``errors`` by label; ``coefficients`` by expert; ``why``: unit → sentences; ``roles``: capability
+        → unit → role.
     """
     scores = material.scores
     maps = [

@@ -42,7 +42,7 @@
     };
     try {
       if (views[name]) views[name].finalize();
-      const result = await window.vegaEmbed(holder, spec, options);
+      const result = await window.vegaEmbed(holder.firstElementChild, spec, options);
       views[name] = result;
       if (figures[name].picks) {
         result.view.addEventListener("click", (event, item) => {

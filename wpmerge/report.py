@@ -173,7 +173,7 @@ def _block(figure: Figure) -> str:
     keys = " Arrow keys move from unit to unit." if figure.kind else ""
     chart = (
         f'<div class="chart" id="chart-{figure.name}" data-figure="{figure.name}" tabindex="0" role="group" '
-        f'aria-label="{title}.{keys}"></div><p class="caption">{caption}</p>'
+        f'aria-label="{title}.{keys}"><div></div></div><p class="caption">{caption}</p>'
     )
     if figure.folded:
         return f'<details class="figure" id="{figure.name}"><summary>{title}</summary>{chart}</details>'
