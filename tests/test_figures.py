@@ -52,7 +52,7 @@ def test_all_figures_compile():
     assert set(names) >= {
         "scores-head-reference", "scores-neuron-reference", "scores-head-anchor", "scores-head-retain",
         "scores-outside-layers", "coefficients-head", "coefficients-neuron", "anchors", "screen-reference",
-        "proof-reference", "roles", "retention", "instructions", "bench-generated",
+        "proof-reference", "roles-head", "roles-neuron", "retention", "instructions", "bench-generated",
     }  # fmt: skip
     for figure in figures:
         made = compiled(figure)
@@ -129,10 +129,10 @@ def test_curves_of_a_proof_have_a_band_where_it_is_known():
 def test_roles_are_letters():
     scores = made_scores()
     proof = made_proof(scores)
-    figure = role_map(proof, scores)
-    assert {(each["unit"], each["mark"]) for each in figure.rows if "role" in each} == {
-        ("head.0.1", "S"), ("head.1.2", "S"), ("neuron.3.7", "E"),
-    }  # fmt: skip
+    for kind, marks in (("head", {("head.0.1", "S"), ("head.1.2", "S")}), ("neuron", {("neuron.3.7", "E")})):
+        figure = role_map(proof, scores, kind)
+        assert {(each["unit"], each["mark"]) for each in figure.rows if "role" in each} == marks
+    assert role_map(proof, scores, "norm") is None
     assert role_members(proof)["a"] == {"head.0.1": "source", "head.1.2": "source", "neuron.3.7": "execution"}
     for each in proof["capabilities"]["a"]["roles"]["units"]:
         each.pop("members")  # of an older proof: the strongest only

@@ -55,7 +55,7 @@ def _anchor_row(
     row: str, title: str, measures: Sequence[str], labels: Sequence[str], wide: int, layers: int, *, header: bool
 ) -> Any:
     base, named = rows().transform_filter(f"datum.row === '{row}'"), "" if header else "layer"
-    legend = alt.Legend(title=None, orient="top", symbolSize=90) if len(measures) > 1 else None
+    legend = alt.Legend(title=None, orient="top", symbolType="stroke", symbolSize=400) if len(measures) > 1 else None
     scale = alt.Scale(domain=list(measures), range=list(PALETTE[: len(measures)]))
     dashes = alt.Scale(domain=list(measures), range=[list(each) for each in DASHES[: len(measures)]])
     lines = (
@@ -196,7 +196,7 @@ def proof_curves(proof: Mapping[str, Any], readout: str, *, folded: bool = False
     names = [LINEAR, RANDOM, *(name for name in names if name not in (LINEAR, RANDOM))]
     capabilities = list(dict.fromkeys(panels))
     colours = ["{ink}" if name == RANDOM else PALETTE[i % len(PALETTE)] for i, name in enumerate(names)]
-    legend = alt.Legend(title="ranking by", orient="right", symbolSize=260, symbolStrokeWidth=2)
+    legend = alt.Legend(title="ranking by", orient="right", symbolType="stroke", symbolSize=400, symbolStrokeWidth=2)
     x = alt.X(
         "share:Q",
         title="share of moved parameters",
@@ -267,73 +267,55 @@ def role_members(proof: Mapping[str, Any] | None) -> dict[str, dict[str, str]]:
     return found
 
 
-def role_map(proof: Mapping[str, Any], scores: Scores) -> Figure | None:
-    """Which units are source, aggregation or execution units, layer × unit."""
-    members = role_members(proof)
-    found = []
+def role_map(proof: Mapping[str, Any], scores: Scores, kind: str) -> Figure | None:
+    """Which units of a kind are source, aggregation or execution units, layer × unit."""
+    members, found = role_members(proof), []
     for capability, units in members.items():
         for unit, role in units.items():
-            kind, layer, index = unit.split(".")
-            found.append(
-                {
-                    "capability": capability,
-                    "kind": PLURALS.get(kind, kind),
-                    "unit": unit,
-                    "layer": int(layer),
-                    "index": int(index),
-                    "role": role,
-                    "mark": ROLE_MARKS[role],
-                }
-            )
+            if unit.startswith(f"{kind}."):
+                _, layer, index = unit.split(".")
+                place = {"unit": unit, "layer": int(layer), "index": int(index)}
+                found.append({"capability": capability, **place, "role": role, "mark": ROLE_MARKS[role]})
     if not found:
         return None
-    capabilities = [name for name in members if members[name]]
-    kinds = list(dict.fromkeys(each["kind"] for each in found))
-    wide = max(150, min(260, 860 // len(capabilities)))
-    colour = alt.Scale(domain=list(ROLE_COLOURS), range=list(ROLE_COLOURS.values()))
-    legend = alt.Legend(title="role (S, A, E)", orient="top", symbolType="square")
-    stars = [
-        {"capability": name, "star": proof["capabilities"][name]["roles"]["l_star"], "kind": kind}
-        for name in capabilities
-        for kind in kinds
-    ]
+    capabilities, count = [name for name in members if members[name]], scores.counts[kind]
+    stars = [{"capability": name, "star": proof["capabilities"][name]["roles"]["l_star"]} for name in capabilities]
+    wide, high = max(150, min(260, 860 // len(capabilities))), max(110, min(200, 26 * count))
     x = alt.X(
         "layer:Q",
         title="layer",
-        scale=alt.Scale(domain=[-0.5, scores.layers - 0.5]),
+        scale=alt.Scale(domain=[-0.5, scores.layers - 0.5], nice=False),
         axis=alt.Axis(values=ticks(scores.layers, wide / scores.layers), format="d", grid=False),
     )
+    y = alt.Y(
+        "index:Q",
+        title=kind.replace("_", " "),
+        scale=alt.Scale(domain=[-0.5, count - 0.5], nice=False, reverse=True),
+        axis=alt.Axis(values=ticks(count, high / count), format="d"),
+    )
+    colour = alt.Scale(domain=list(ROLE_COLOURS), range=list(ROLE_COLOURS.values()))
+    legend = alt.Legend(title="role (S, A, E)", orient="top", symbolType="square")
     marks = (
         rows()
         .transform_filter("isValid(datum.role)")
         .mark_text(fontWeight=700, fontSize=12)
         .encode(
             x=x,
-            y=alt.Y("index:Q", title="unit of the layer", axis=alt.Axis(format="d", tickMinStep=1)),
+            y=y,
             text="mark:N",
             color=alt.Color("role:N", scale=colour, legend=legend),
             tooltip=["unit:N", "capability:N", "role:N"],
         )
     )
-    rule = (
-        rows()
-        .transform_filter("isValid(datum.star)")
-        .mark_rule(color="{soft}", strokeDash=[4, 3])
-        .encode(x=alt.X("star:Q", title="layer"))
-    )
+    star = rows().transform_filter("isValid(datum.star)").mark_rule(strokeDash=[4, 3])
     chart = (
-        alt.layer(rule, marks)
-        .properties(width=wide, height=170)
-        .facet(
-            data=own_data(),
-            column=alt.Column("capability:N", sort=capabilities, header=alt.Header(title=None)),
-            row=alt.Row("kind:N", sort=kinds, header=alt.Header(title=None)),
-        )
-        .resolve_scale(y="independent")
+        alt.layer(star.encode(x=alt.X("star:Q", title="layer")), marks)
+        .properties(width=wide, height=high)
+        .facet(data=own_data(), column=alt.Column("capability:N", sort=capabilities, header=alt.Header(title=None)))
     )
     return Figure(
-        name="roles",
-        title="Roles: source, aggregation, execution",
+        name=f"roles-{kind}",
+        title=f"{PLURALS.get(kind, kind).capitalize()}: source, aggregation, execution",
         caption="S, source: its weights carry the skill. A, aggregation: the skill passes it, its weights do not "
         "carry it. E, execution: after l* (dashed), high on the output. The rule is stated in docs/method.md; other "
         "thresholds give other counts.",

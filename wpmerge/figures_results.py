@@ -121,7 +121,7 @@ def instruction_figure(evaluation: Evaluation) -> Figure | None:
     tasks = list(dict.fromkeys(each["task"] for each in found))
     base = rows().encode(
         x=alt.X("model:N", sort=models, title=None, axis=alt.Axis(orient="top", labelAngle=-25, labelLimit=160)),
-        y=alt.Y("type:N", sort=kinds, title="instruction type", axis=alt.Axis(labelLimit=330)),
+        y=alt.Y("type:N", sort=kinds, title=None, axis=alt.Axis(labelLimit=330)),
     )
     legend = alt.Legend(title="share followed", gradientLength=160)
     scale = alt.Scale(scheme="viridis", domain=[0, 1])

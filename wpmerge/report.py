@@ -62,7 +62,8 @@ def sections(material: Material) -> list[Section]:
         *(screen_scatter(scores, other, inner, folded=True) for other in ("anchor", "divergence")),
     ]
     if material.proof is not None:
-        trust += [proof_curves(material.proof, "reference"), role_map(material.proof, scores)]
+        trust.append(proof_curves(material.proof, "reference"))
+        trust += [role_map(material.proof, scores, kind) for kind in first]
         trust += [proof_curves(material.proof, other, folded=True) for other in ("anchor", "judged")]
     kept: list[Figure | None] = []
     if material.evaluation is not None:

@@ -82,7 +82,7 @@ def _kept(material: Material) -> str:
     ]
     skills = next(iter(kept.values())).skills
     return "<h3>Retention, fraction of the gap from base to expert, with 95% intervals</h3>" + table(
-        ("model", *skills, "mean", "the worst"), rows
+        ("model", *skills, "mean", "the worst"), rows, kind="numbers"
     )
 
 
@@ -90,8 +90,8 @@ def _spanned(value: float, low: float, high: float) -> str:
     return f"{number(value, 2)} [{number(low, 2)}, {number(high, 2)}]"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """An HTML table; everything in it is escaped."""
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = "texts") -> str:
+    """An HTML table of "texts", or of "numbers" that are not broken; everything in it is escaped."""
     head = "".join(f'<th scope="col">{html.escape(each)}</th>' for each in header)
     body = "".join(
         '<tr><th scope="row">'
@@ -101,7 +101,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         + "</tr>"
         for row in rows
     )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def provenance_tables(material: Material, commands: Sequence[str]) -> str:
