@@ -21,6 +21,14 @@ LIGHT: Mapping[str, str] = {
     "{mid}": "#f4f4f4",
     "{high1}": "#74a9cf",
     "{high2}": "#0b4f8a",
+    "{c0}": "#0072b2",
+    "{c1}": "#d98c00",
+    "{c2}": "#009e73",
+    "{c3}": "#cc6fa3",
+    "{c4}": "#56b4e9",
+    "{c5}": "#d55e00",
+    "{c6}": "#7f7f7f",
+    "{c7}": "#a09300",
 }
 """Orange to blue through grey: told apart under every common colour blindness, and in print."""
 DARK: Mapping[str, str] = {
@@ -33,9 +41,17 @@ DARK: Mapping[str, str] = {
     "{mid}": "#22272e",
     "{high1}": "#2f78b7",
     "{high2}": "#9fd3ff",
+    "{c0}": "#4aa8e8",
+    "{c1}": "#f0b429",
+    "{c2}": "#2fc295",
+    "{c3}": "#e29ac7",
+    "{c4}": "#9bd7ff",
+    "{c5}": "#ff8a4c",
+    "{c6}": "#a8a8a8",
+    "{c7}": "#d6d14a",
 }
-PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f7f7f", "#b2a000")
-"""Okabe and Ito's colours, readable on white and on black."""
+PALETTE = tuple(f"{{c{number}}}" for number in range(8))
+"""Colours of kinds of things: after Okabe and Ito, lighter on a dark page."""
 READOUT_TITLES: Mapping[str, str] = {
     "reference": "log-probability of the reference replies",
     "anchor": "anchor in the residual stream",

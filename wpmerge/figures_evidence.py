@@ -33,7 +33,7 @@ def anchor_curves(scores: Scores) -> Figure | None:
         return None
     found += [{**star, "row": row} for star in stars for row in ("share", "t")]
     labels = [star["panel"] for star in stars]
-    wide = max(170, min(300, 900 // len(labels)))
+    wide = max(170, min(300, 780 // len(labels)))
     parts = [
         _anchor_row("share", "fraction", list(CURVE_MEASURES.values()), labels, wide, scores.layers, header=True),
         _anchor_row("t", "t of the gap", ["t"], labels, wide, scores.layers, header=False),
@@ -151,7 +151,7 @@ def screen_scatter(
     )
     chart = (
         alt.layer(same, bars, marks)
-        .properties(width=max(170, min(250, 900 // columns)), height=170)
+        .properties(width=max(170, min(250, 640 // columns)), height=170)
         .facet(data=own_data(), facet=alt.Facet("panel:N", sort=order, header=header), columns=columns)
         .resolve_scale(x="independent", y="independent")
     )
@@ -196,7 +196,9 @@ def proof_curves(proof: Mapping[str, Any], readout: str, *, folded: bool = False
     names = [LINEAR, RANDOM, *(name for name in names if name not in (LINEAR, RANDOM))]
     capabilities = list(dict.fromkeys(panels))
     colours = ["{ink}" if name == RANDOM else PALETTE[i % len(PALETTE)] for i, name in enumerate(names)]
-    legend = alt.Legend(title="ranking by", orient="right", symbolType="stroke", symbolSize=400, symbolStrokeWidth=2)
+    legend = alt.Legend(
+        title="ranking by", orient="top", columns=4, symbolType="stroke", symbolSize=400, symbolStrokeWidth=2
+    )
     x = alt.X(
         "share:Q",
         title="share of moved parameters",
@@ -232,7 +234,7 @@ def proof_curves(proof: Mapping[str, Any], readout: str, *, folded: bool = False
     )
     chart = (
         alt.layer(band, lines)
-        .properties(width=max(170, min(260, 820 // len(capabilities))), height=170)
+        .properties(width=max(170, min(260, 790 // len(capabilities))), height=170)
         .facet(
             data=own_data(),
             column=alt.Column("capability:N", sort=capabilities, header=alt.Header(title=None)),
@@ -280,7 +282,7 @@ def role_map(proof: Mapping[str, Any], scores: Scores, kind: str) -> Figure | No
         return None
     capabilities, count = [name for name in members if members[name]], scores.counts[kind]
     stars = [{"capability": name, "star": proof["capabilities"][name]["roles"]["l_star"]} for name in capabilities]
-    wide, high = max(150, min(260, 860 // len(capabilities))), max(110, min(200, 26 * count))
+    wide, high = max(150, min(260, 800 // len(capabilities))), max(110, min(200, 26 * count))
     x = alt.X(
         "layer:Q",
         title="layer",

@@ -25,9 +25,9 @@ def reach(values: Sequence[float | None]) -> float:
 
 def diverging(end: float) -> Any:
     """Colours about 0."""
-    return alt.Scale(
-        domain=[-end, -end / 2, 0, end / 2, end], range=["{low2}", "{low1}", "{mid}", "{high1}", "{high2}"], clamp=True
-    )
+    domain = [-end, -end / 2, 0, end / 2, end]
+    colours = ["{low2}", "{low1}", "{mid}", "{high1}", "{high2}"]
+    return alt.Scale(domain=domain, range=colours, interpolate="lab", clamp=True)
 
 
 def steps(layers: int, bins: int, columns: int) -> tuple[int, int]:
