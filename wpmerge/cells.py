@@ -201,7 +201,7 @@ def units_shown(
 
 
 def _is_own(scores: Scores, cell: Mapping[str, Any]) -> bool:
-    return scores.readouts[cell["read"]].capability == cell["expert"]
+    return scores.readouts[cell["read"]].capability == str(cell["expert"])
 
 
 def _place(name: str) -> tuple[int, int]:

@@ -20,7 +20,7 @@ CURVE_MEASURES = {"cosine": "cosine of half-directions", "carried": "carried sha
 def anchor_curves(scores: Scores) -> Figure | None:
     """What each anchor shows at every layer, with the layer it is read after."""
     found: list[dict[str, Any]] = []
-    stars = []
+    stars: list[dict[str, Any]] = []
     for label, record in scores.readouts.items():
         for point in record.curve:
             for measure, name in CURVE_MEASURES.items():

@@ -1,11 +1,11 @@
 """Maps layer × unit: recovery, cross effects, coefficients; and the units outside the layers. Pure functions."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import altair as alt
 
-from wpmerge.arch import MODEL_KINDS, Kind
+from wpmerge.arch import MODEL_KINDS, Kind, Unit
 from wpmerge.cells import Panel, cell_width, cells, panels
 from wpmerge.figures import PALETTE, PLURALS, READOUT_TITLES, Figure, finish, number_axis, own_data, rows, vertical
 from wpmerge.scores import Scores
@@ -185,7 +185,6 @@ def coefficient_map(
     *,
     width: int,
     highest: float,
-    describe: Callable[[int, int], str],
     folded: bool = False,
 ) -> Figure:
     """The coefficients of a kind, a map per expert.
@@ -195,7 +194,6 @@ def coefficient_map(
         arrays: expert → coefficients [layers, units].
         width: units that share a cell, as in the maps of their scores.
         highest: end of the scale of colours.
-        describe: layer, index → the unit's id.
         folded: see :class:`Figure`.
     """
     layers, count = next(iter(arrays.values())).shape
@@ -210,7 +208,7 @@ def coefficient_map(
                         "expert": expert,
                         "layer": layer,
                         "bin": place,
-                        "unit": describe(layer, place * width),
+                        "unit": str(Unit(kind=kind, layer=layer, index=place * width)),
                         "value": float(f"{float(part.mean()):.4g}"),
                         "low": float(f"{float(part.min()):.4g}"),
                         "high": float(f"{float(part.max()):.4g}"),

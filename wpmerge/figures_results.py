@@ -1,5 +1,6 @@
 """Figures of what merges keep: retention per skill, instructions followed, a benchmark. Pure functions."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,13 +96,16 @@ def _intervals(models: Sequence[str], panels: Sequence[str], looks: Mapping[str,
 
 def instruction_figure(evaluation: Evaluation) -> Figure | None:
     """Scores per instruction type, IFEval's: a table whose cells are coloured and written out."""
-    found = []
+    found: list[dict[str, Any]] = []
     for model, result in evaluation.models.items():
         for metric, score in result.scores.items():
             task, level, *kind = metric.split("/", 2)
             if not kind or "inst_level_strict" not in level:
                 continue
-            written = "–" if score.value != score.value else f"{score.value:.2f}"
+            written = "–" if math.isnan(score.value) else f"{score.value:.2f}"
+            reach = Z95 * score.stderr  # not a number where it is not known: no bound is better than a wrong one
+            bounds = [score.value - reach, score.value + reach]
+            low, high = (rounded(each if math.isnan(each) else min(1.0, max(0.0, each))) for each in bounds)
             found.append(
                 {
                     "model": model,
@@ -111,8 +115,8 @@ def instruction_figure(evaluation: Evaluation) -> Figure | None:
                     "stderr": rounded(score.stderr),
                     "n": score.n,
                     "written": written,
-                    "low": rounded(max(0.0, score.value - Z95 * score.stderr)),
-                    "high": rounded(min(1.0, score.value + Z95 * score.stderr)),
+                    "low": low,
+                    "high": high,
                 }
             )
     if not found:

@@ -78,8 +78,9 @@ def eval_command(evaluation: Evaluation, out: Path) -> str:
     for task, files in (evaluation.provenance.get("task_data") or {}).items():
         for split, file in files.items():
             parts += ["--task-data", f"{task}:{split}={file}" if split else f"{task}={file}"]
-    for option, name in (("--base", evaluation.base), ("--reference", evaluation.reference)):
-        parts += [option, name] if name is not None and (option == "--base" or name != evaluation.base) else []
+    parts += ["--base", evaluation.base] if evaluation.base is not None else []
+    if evaluation.reference not in (None, evaluation.base):
+        parts += ["--reference", str(evaluation.reference)]
     parts += _skills(evaluation)
     for name in _EVAL:
         if known.get(name) not in (None, _EVAL_DEFAULTS.get(name)):

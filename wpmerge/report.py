@@ -31,6 +31,8 @@ PNG_SCALE = 2.0
 """Pixels per unit of a figure: sharp in a paper and on a slide."""
 LARGEST = 5_000_000
 """Bytes that a page may take."""
+GLOBALS = "window.vegaEmbed = vegaEmbed;"
+"""What the page's script takes from the bundle of Vega's scripts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,13 +89,14 @@ def _there(figures: Sequence[Figure | None]) -> list[Figure]:
 def _coefficients(material: Material, first: Sequence[Kind], rest: Sequence[Kind]) -> list[Figure]:
     """Maps of a plan's coefficients, all with one scale of colours; of a plan with one number an expert, none."""
     plan, scores = material.plan, material.scores
-    if plan is None:
+    if plan is None or plan.granularity == "expert":
         return []
     arrays = {}
     for kind in (*first, *rest):
         found = {expert: unit_coefficients(plan, scores, expert, kind) for expert in plan.experts}
-        if all(values is not None for values in found.values()):
-            arrays[kind] = found
+        known = {expert: values for expert, values in found.items() if values is not None}
+        if len(known) == len(found):
+            arrays[kind] = known
     highest = max([1.0, *(float(values.max()) for kind in arrays.values() for values in kind.values())])
     return [
         coefficient_map(
@@ -101,7 +104,6 @@ def _coefficients(material: Material, first: Sequence[Kind], rest: Sequence[Kind
             found,
             width=cell_width(scores, kind),
             highest=highest,
-            describe=lambda layer, index, kind=kind: f"{kind}.{layer}.{index}",
             folded=kind in rest,
         )
         for kind, found in arrays.items()
@@ -217,7 +219,7 @@ def vega_lite_version() -> str:
 
 def _vega() -> str:
     """Vega, Vega-Lite and vega-embed as one script."""
-    found: str = vl_convert.javascript_bundle(vl_version=vega_lite_version())
+    found: str = vl_convert.javascript_bundle(GLOBALS, vl_version=vega_lite_version())
     return found
 
 
