@@ -81,7 +81,18 @@ def test_help_imports_nothing_heavy() -> None:
         "except SystemExit as end: code = end.code\n"
         "print(sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr); sys.exit(code)"
     )
-    for command in ([], ["score"], ["fuse"], ["merge"], ["verify"], ["eval"], ["run"], ["inspect"], ["demo"]):
+    for command in (
+        [],
+        ["score"],
+        ["fuse"],
+        ["merge"],
+        ["verify"],
+        ["eval"],
+        ["run"],
+        ["report"],
+        ["inspect"],
+        ["demo"],
+    ):
         arguments = [sys.executable, "-c", code, *command, "--help"]
         result = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=True)
         heavy = {"torch", "transformers", "safetensors", "numpy", "huggingface_hub", "lm_eval", "rich"}
@@ -97,7 +108,19 @@ def test_the_version_and_the_module_form() -> None:
 
 def test_every_option_says_what_it_is_and_its_default() -> None:
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    assert set(commands) == {"score", "fuse", "merge", "verify", "eval", "bench", "prove", "run", "inspect", "demo"}
+    assert set(commands) == {
+        "score",
+        "fuse",
+        "merge",
+        "verify",
+        "eval",
+        "bench",
+        "prove",
+        "run",
+        "report",
+        "inspect",
+        "demo",
+    }
     for name, command in commands.items():
         sections = re.split(r"\n  (?=--)", succeed(name, "--help").stdout.partition("Options:")[2])
         shown = {section.split()[0]: " ".join(section.split()) for section in sections if section.strip()}

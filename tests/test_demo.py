@@ -105,7 +105,10 @@ def test_the_merge_keeps_more_than_its_rivals_beyond_chance(demo: DemoResult, ke
 
 
 def test_every_artifact_is_on_disk_and_can_be_read_again(demo: DemoResult) -> None:
-    assert sorted(path.name for path in demo.out.iterdir()) == ["evaluation", "merged", "scaled", "scores", "uniform"]
+    assert sorted(path.name for path in demo.out.iterdir()) == [
+        "evaluation", "merged", "report.html", "scaled", "scores", "uniform",
+    ]  # fmt: skip
+    assert (demo.out / "report.html").stat().st_size < 5_000_000
     scores = load_scores(demo.out / "scores")
     assert set(scores.experts) == set(INSTRUCTIONS)
     assert all(readout.gap > 0 for readout in scores.readouts.values())

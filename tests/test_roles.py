@@ -21,6 +21,7 @@ def test_roles_by_hand():
     counts = count_roles("head", found, {"source": weights, "aggregation": active, "execution": output})
     assert [each.thirds for each in counts] == [(1, 0, 0), (1, 0, 0), (0, 0, 1)]
     assert [each.strongest for each in counts] == [("head.0.4",), ("head.1.2",), ("head.3.7",)]
+    assert [each.members for each in counts] == [each.strongest for each in counts]  # a single one each
 
 
 def test_nothing_positive_is_high():

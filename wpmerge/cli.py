@@ -14,6 +14,7 @@ from wpmerge.cli_eval import evaluate
 from wpmerge.cli_fuse import fuse
 from wpmerge.cli_merge import merge, verify
 from wpmerge.cli_prove import prove
+from wpmerge.cli_report import report
 from wpmerge.cli_run import run
 from wpmerge.errors import WpmergeError
 
@@ -236,13 +237,17 @@ app.command("verify")(verify)
 app.command("eval")(evaluate)
 app.command("bench")(bench)
 app.command("prove")(prove)
+app.command("report")(report)
 app.command("run")(run)
 
 
 @app.command()
 def inspect(
     path: Annotated[
-        str, typer.Argument(metavar="PATH", help="Scores, a plan, an evaluation, or a checkpoint: directory or hub id.")
+        str,
+        typer.Argument(
+            metavar="PATH", help="Scores, a plan, a proof, an evaluation, or a checkpoint: directory or hub id."
+        ),
     ],
     top: Annotated[int, typer.Option(metavar="N", min=1, help="Strongest units of each kind to show, of scores.")] = 5,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -270,18 +275,20 @@ def demo(
 ) -> None:
     """Score, fuse and evaluate the small family that comes with the package."""
     console.set_up(verbose=verbose)
-    from wpmerge.demo import run_demo
+    from wpmerge.demo import REPORT, run_demo
 
     with console.reporting() as report:
         result = run_demo(out, progress=report)
     summary = {
         "out": str(result.out),
+        "report": str(result.out / REPORT),
         "scales": result.scales,
         "models": [dict(zip(result.header, row, strict=True)) for row in result.table],
         "seconds": round(result.seconds, 1),
     }
     scales = [[name, *(console.number(scale) for scale in row.values())] for name, row in result.scales.items()]
-    title = f"share of replies that follow each instruction; {result.seconds:.0f} s; everything is in {result.out}"
+    title = f"share of replies that follow each instruction; {result.seconds:.0f} s; everything is in {result.out}, "
+    title += f"and {result.out / REPORT} shows it"
     tables = [
         console.Table(title="scales", header=["merge", *result.instructions], rows=scales),
         console.Table(title=title, header=result.header, rows=result.table),

@@ -1,8 +1,7 @@
 """``wpmerge prove``: is a ranking of units right?"""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -56,6 +55,7 @@ def prove(
     where = options.device(device)
     from wpmerge.curves import SHARES
     from wpmerge.judges import load_tests
+    from wpmerge.proof import proof_tables
     from wpmerge.proving import ProveSettings
     from wpmerge.proving import prove as run
 
@@ -80,54 +80,4 @@ def prove(
             trust_remote_code=trust_remote_code,
             progress=report,
         )
-    console.show(found, proof_tables(found), as_json=as_json)
-
-
-def proof_tables(found: Mapping[str, Any]) -> list[console.Table]:
-    """The result as tables: a row per ranking, and the roles where they were asked for."""
-    rows, roles = [], []
-    for name, proof in found["capabilities"].items():
-        for readout, curves in proof["readouts"].items():
-            for ranking, there in curves["transplant"]["rankings"].items():
-                back = curves["revert"]["rankings"][ranking]
-                rows.append([name, readout, ranking, *_areas(there), *_areas(back), *_ahead(there), *_ahead(back)])
-            if (chance := curves["transplant"]["random"]) is not None:
-                back = curves["revert"]["random"]
-                cells = [console.number(chance["cpr"]), _span(chance["cpr_range"])]
-                cells += [console.number(back["cpr"]), _span(back["cpr_range"])]
-                beaten = [f"{each['beaten']} of {each['count']} beaten" for each in (chance, back)]
-                rows.append([name, readout, "matched random", *cells, beaten[0], beaten[1]])
-        for each in (proof.get("roles") or {}).get("units", []):
-            thirds = [str(count) for count in each["thirds"]]
-            roles.append([name, each["kind"], each["role"], *thirds, " ".join(each["strongest"])])
-    header = ["capability", "readout", "ranking", "transplant CPR", "95%", "revert CPR", "95%", "ahead", "ahead"]
-    tables = [
-        console.Table(title=f"area of recovered fraction over share; in {found['out']}", header=header, rows=rows)
-    ]
-    tables.append(_stability_table(found["capabilities"]))
-    if roles:
-        header = ["capability", "kind", "role", "first third", "second", "last", "strongest"]
-        tables.append(console.Table(title="units by role and depth", header=header, rows=roles))
-    return tables
-
-
-def _stability_table(proofs: Mapping[str, Any]) -> console.Table:
-    rows = [
-        [name, *(console.number(s["stability"][key]) for key in ("halves", "overlap", "stored"))]
-        for name, s in proofs.items()
-    ]
-    header = ["capability", "halves of prompts", "overlap of top 5%", "held-out with stored"]
-    return console.Table(title="rank stability over prompts", header=header, rows=rows)
-
-
-def _areas(record: Mapping[str, Any]) -> list[str]:
-    return [console.number(record["cpr"]), _span(record["cpr_interval"])]
-
-
-def _ahead(record: Mapping[str, Any]) -> list[str]:
-    low, high = (console.number(each) for each in record["linear_ahead_interval"])
-    return [f"{console.number(record['linear_ahead'])} [{low}, {high}]"]
-
-
-def _span(bounds: Any) -> str:
-    return f"{console.number(bounds[0])} to {console.number(bounds[1])}"
+    console.show(found, proof_tables(found, found["out"]), as_json=as_json)

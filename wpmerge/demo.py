@@ -1,4 +1,4 @@
-"""``wpmerge demo``: the whole way on the family that comes with the package, from scores to evaluated merges."""
+"""``wpmerge demo``: the whole way on the family that comes with the package, from scores to merges and a report."""
 
 import json
 import time
@@ -17,6 +17,8 @@ from wpmerge.harness import HarnessSettings
 from wpmerge.inmemory import models_to_evaluate
 from wpmerge.output import check_output
 from wpmerge.readings import Progress, ScoreSettings
+from wpmerge.report import write_report
+from wpmerge.report_inputs import read_material
 from wpmerge.scores import Scores
 from wpmerge.scoring import score
 
@@ -25,6 +27,7 @@ EVALUATIONS = 24
 MAX_GEN_TOKENS = 96
 RIVALS: tuple[Rule, ...] = ("uniform", "scaled")
 TASK = "demo"
+REPORT = "report.html"
 METRIC = f"{TASK}/inst_level_strict_acc"
 
 
@@ -33,7 +36,7 @@ class DemoResult:
     """What the demo found.
 
     Attributes:
-        out: holds scores/, merged/, evaluation/, and the plans uniform/ and scaled/.
+        out: holds scores/, merged/, evaluation/, the plans uniform/ and scaled/, and report.html, which shows them.
         scores: of the three experts.
         scales: rival → expert → scale.
         evaluation: base, experts and merges on held-out prompts.
@@ -137,6 +140,10 @@ def run_demo(out: Path | None = None, *, progress: Progress | None = None) -> De
         settings=harness,
         progress=None if progress is None else lambda name, done, total: progress(f"evaluating {name}", done, total),
     )
+    if progress is not None:
+        progress("report", 0, 1)
+    material = read_material(out / "scores", plan=out / "merged", evaluation=out / "evaluation")
+    write_report(material, out=out / REPORT)
     return DemoResult(
         out=out,
         scores=scores,

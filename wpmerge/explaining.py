@@ -1,6 +1,6 @@
 """The numbers behind one coefficient, in one sentence. Pure functions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -9,6 +9,23 @@ from wpmerge.coefficients import Grouping, block_of_groups, make_grouping
 from wpmerge.errors import RecipeError
 from wpmerge.plan import Granularity
 from wpmerge.rules import RuleOutcome
+
+Blocks = torch.Tensor | None
+"""The block of every group, where steps were taken block by block."""
+
+
+def explain_many(outcome: RuleOutcome, layout: Layout, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """:func:`explain` of many units or groups, each found as quickly as one.
+
+    Raises:
+        RecipeError: there is no such unit or group.
+    """
+    find = _finder(layout, outcome.grouping)
+    blocks = block_of_groups(layout, outcome.grouping) if outcome.refined is not None else None
+    return {
+        name: tuple(_sentence(outcome, blocks, expert, group) for group in find(name) for expert in outcome.scales)
+        for name in names
+    }
 
 
 def explain(outcome: RuleOutcome, layout: Layout, name: str) -> tuple[str, ...]:
@@ -23,8 +40,7 @@ def explain(outcome: RuleOutcome, layout: Layout, name: str) -> tuple[str, ...]:
     Raises:
         RecipeError: there is no such unit or group.
     """
-    groups = _groups(layout, outcome.grouping, name)
-    return tuple(_sentence(outcome, layout, expert, group) for group in groups for expert in outcome.scales)
+    return explain_many(outcome, layout, [name])[name]
 
 
 def check_names(names: Sequence[str], layout: Layout, granularity: Granularity) -> None:
@@ -33,39 +49,44 @@ def check_names(names: Sequence[str], layout: Layout, granularity: Granularity) 
     Raises:
         RecipeError: there is no such unit or group.
     """
-    grouping = make_grouping(layout, granularity) if names else None
-    for name in names:
-        assert grouping is not None
-        _groups(layout, grouping, name)
+    if names:
+        find = _finder(layout, make_grouping(layout, granularity))
+        for name in names:
+            find(name)
 
 
-def _groups(layout: Layout, grouping: Grouping, name: str) -> list[int]:
-    if name in grouping.names:
-        return [grouping.names.index(name)]
+def _finder(layout: Layout, grouping: Grouping) -> Callable[[str], list[int]]:
+    """A function from a unit's or group's name to the groups its parameters lie in."""
+    groups = {name: number for number, name in enumerate(grouping.names)}
     units = {str(unit): unit for kind in KINDS if kind in layout.counts for unit in layout.units(kind)}
-    if name not in units:
-        raise RecipeError(
-            "there is no such unit to explain",
-            got=name,
-            expected=f"a unit such as {next(iter(units))}, or one of {len(grouping.names)} such as {grouping.names[0]}",
-        )
-    tensors = [piece.tensor for piece in layout.slices(units[name])]
-    return sorted({grouping.of_tensor[tensor] for tensor in tensors})
+
+    def find(name: str) -> list[int]:
+        if name in groups:
+            return [groups[name]]
+        if name not in units:
+            raise RecipeError(
+                "there is no such unit to explain",
+                got=name,
+                expected=f"a unit such as {next(iter(units))}, or one of {len(groups)} such as {grouping.names[0]}",
+            )
+        return sorted({grouping.of_tensor[piece.tensor] for piece in layout.slices(units[name])})
+
+    return find
 
 
-def _sentence(outcome: RuleOutcome, layout: Layout, expert: str, group: int) -> str:
+def _sentence(outcome: RuleOutcome, blocks: Blocks, expert: str, group: int) -> str:
     """Coefficient, formula with its numbers, clipping, then every score of the group."""
     number = list(outcome.scales).index(expert)
     value = float(outcome.values[number, group])
     size = int(outcome.grouping.sizes[group])
     text = f"{expert} gets {value:.4g} at {outcome.grouping.names[group]} ({size:,} parameters): "
-    return text + _formula(outcome, layout, number, group, expert) + "; " + _scores(outcome, number, group, expert)
+    return text + _formula(outcome, blocks, number, group, expert) + "; " + _scores(outcome, number, group, expert)
 
 
-def _formula(outcome: RuleOutcome, layout: Layout, number: int, group: int, expert: str) -> str:
+def _formula(outcome: RuleOutcome, blocks: Blocks, number: int, group: int, expert: str) -> str:
     rule, scale = outcome.settings.rule, outcome.scales[expert]
     if rule == "refine":
-        return _refined(outcome, layout, number, group)
+        return _refined(outcome, blocks, number, group)
     if rule in ("uniform", "scaled"):
         whose = "common" if rule == "uniform" else "expert's"
         return f"{rule}, the {whose} scale {scale:.4g}" + _clipped(outcome, scale)
@@ -106,9 +127,10 @@ def _selected(outcome: RuleOutcome, number: int, group: int, scale: float) -> st
 
 
 def _joint(outcome: RuleOutcome, number: int, group: int, scale: float) -> str:
-    solution = outcome.joint
-    assert solution is not None
-    value = float(outcome.values[number, group])
+    solution, value = outcome.joint, float(outcome.values[number, group])
+    if solution is None:
+        moved = f"joint, the scale {scale:.4g} moved by {value - scale:+.4g}"
+        return f"{moved}, the optimum with μ = {outcome.settings.mu:.3g}" + _bounded(outcome, value)
     worth = ", ".join(f"{name} {float(a):.3g}" for name, a in zip(outcome.scales, solution.multipliers, strict=True))
     retained = [name for name in outcome.effects if name not in outcome.scales]
     prices = ", ".join(f"{name} {float(v):.3g}" for name, v in zip(retained, solution.prices, strict=True))
@@ -119,17 +141,18 @@ def _joint(outcome: RuleOutcome, number: int, group: int, scale: float) -> str:
     )
 
 
-def _refined(outcome: RuleOutcome, layout: Layout, number: int, group: int) -> str:
-    refined = outcome.refined
-    assert refined is not None
-    block = block_of_groups(layout, outcome.grouping)[group]
+def _refined(outcome: RuleOutcome, blocks: Blocks, number: int, group: int) -> str:
+    refined, start = outcome.refined, list(outcome.scales.values())[number]
+    if refined is None or blocks is None:  # of a plan, which keeps where the steps ended only
+        value = float(outcome.values[number, group])
+        return f"refine, moved from {start:.4g} by {value - start:+.3g}" + _bounded(outcome, value)
+    block = blocks[group]
     parts = (
         float(refined.parts.expert[number, 0]),
         float(refined.parts.block[number, block]),
         float(refined.parts.group[number, group]),
     )
     best = refined.checks[refined.best]
-    start = list(outcome.scales.values())[number]
     return (
         f"refine, from {start:.4g} by {parts[0]:+.3g} with the whole expert, {parts[1]:+.3g} with its block and "
         f"{parts[2]:+.3g} on its own = {start + sum(parts):.4g}" + _clipped(outcome, start + sum(parts)) + ", "

@@ -1,4 +1,4 @@
-"""What lies in a directory: scores, a plan, a checkpoint, an evaluation, or several of them, and what each says."""
+"""What lies in a directory: scores, a plan, a proof, a checkpoint, an evaluation, or several; and what each says."""
 
 import re
 from collections.abc import Mapping
@@ -15,6 +15,8 @@ from wpmerge.evaluation import FILE as EVALUATION
 from wpmerge.evaluation import load_evaluation
 from wpmerge.models import layout_of
 from wpmerge.plan import load_plan
+from wpmerge.proof import FILE as PROOF
+from wpmerge.proof import load_proof, proof_tables
 from wpmerge.scores import load_scores
 from wpmerge.summaries import (
     evaluation_summary,
@@ -54,6 +56,8 @@ def inspect(source: str, *, top: int = 5, trust_remote_code: bool = False) -> di
         found["plan"] = plan_summary(load_plan(path))
     if EVALUATION in files:
         found["evaluation"] = evaluation_summary(load_evaluation(path))
+    if PROOF in files:
+        found["proof"] = load_proof(path)
     if is_adapter(path):
         found["adapter"] = _adapter_summary(path)
     elif "config.json" in files:
@@ -63,7 +67,7 @@ def inspect(source: str, *, top: int = 5, trust_remote_code: bool = False) -> di
             "nothing here that wpmerge knows",
             where=path,
             got=", ".join(files) or "no file",
-            expected=f"scores.json, plan.json, {EVALUATION}, config.json or {CONFIG_NAME}",
+            expected=f"scores.json, plan.json, {PROOF}, {EVALUATION}, config.json or {CONFIG_NAME}",
         )
     return {"path": str(path), "kinds": list(found), "files": files, **found}
 
@@ -125,6 +129,8 @@ def inspection_tables(found: Mapping[str, Any]) -> list[Table]:
         tables += [*plan_tables(found["plan"]), _provenance(found["plan"])]
     if "evaluation" in found:
         tables += evaluation_tables(found["evaluation"])
+    if "proof" in found:
+        tables += [*proof_tables(found["proof"], found["path"]), _provenance(found["proof"])]
     for kind in ("checkpoint", "adapter"):
         if kind in found:
             tables += _weights_tables(kind, found[kind])

@@ -18,7 +18,7 @@ from pathlib import Path
 from wpmerge.errors import OutputError
 
 # A directory is replaced only if it holds one of these: --overwrite is for our outputs, not for somebody's home.
-OWN_FILES = ("config.json", "plan.json", "scores.json", "evaluation.json", "proof.json")
+OWN_FILES = ("config.json", "plan.json", "scores.json", "evaluation.json", "proof.json", "figures.json")
 
 _EXCHANGE, _AT_FDCWD = 2, -100  # renameat2(2), linux/fs.h
 
@@ -54,6 +54,20 @@ def check_output(out: Path, *, inputs: Iterable[Path], overwrite: bool) -> None:
             expected=f"one of {', '.join(OWN_FILES)} in it",
             mend="remove it yourself, or choose another output path",
         )
+
+
+def check_output_file(out: Path, *, overwrite: bool) -> None:
+    """Refuse an output file before any work is done.
+
+    Raises:
+        OutputError: the path is taken, or is no place for a file.
+    """
+    if out.is_dir():
+        raise OutputError("the output path is a directory", where=out, mend="name a file in it")
+    if os.path.lexists(out) and not overwrite:
+        raise OutputError("the output file exists", where=out, mend="choose another, or replace it with --overwrite")
+    if not out.absolute().parent.is_dir():
+        raise OutputError("there is no such directory for the output", where=out.absolute().parent)
 
 
 def check_space(out: Path, *, total: int, largest: int = 0) -> None:

@@ -48,6 +48,7 @@ from wpmerge.models import Family, end_tokens, generation_model
 from wpmerge.output import output_directory, write_file
 from wpmerge.patching import HELD_BYTES
 from wpmerge.pieces import Pieces
+from wpmerge.proof import SCHEMA_VERSION
 from wpmerge.provenance import provenance
 from wpmerge.readings import Case, Progress, ScoreSettings, fit_case_anchor, make_reading, prepare_case
 from wpmerge.readouts import LogProbReadout, measure
@@ -59,7 +60,6 @@ from wpmerge.weights import MixedWeights, WeightSource
 
 logger = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
 JUDGED_RANDOMS = 3
 """Random rankings whose generated replies are judged: replies cost more than readings."""
 
@@ -507,6 +507,7 @@ def _random_record(
     return {
         "count": len(randoms),
         "recovered": curves.mean(axis=0).tolist(),
+        "recovered_range": [curves.min(axis=0).tolist(), curves.max(axis=0).tolist()],
         "cpr": float(np.mean(cprs)),
         "cpr_range": [min(cprs), max(cprs)],
         "beaten": int(beaten),

@@ -15,6 +15,7 @@ Role = Literal["source", "aggregation", "execution"]
 ROLES: tuple[Role, ...] = ("source", "aggregation", "execution")
 HIGH = 5.0
 """An effect is high from this many times the mean positive effect of its kind on."""
+STRONGEST = 5
 CARRIED = 0.5
 """A unit whose weights bring at least this share of what its activation brings is no mere relay."""
 
@@ -52,16 +53,17 @@ def roles_of(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoleCount:
-    """Units of a kind with a role, by thirds of the depth."""
+    """Units of a kind with a role, by thirds of the depth; ``members`` are all of them, the strongest first."""
 
     kind: str
     role: Role
     thirds: tuple[int, int, int]
     strongest: tuple[str, ...]
+    members: tuple[str, ...]
 
 
 def count_roles(kind: str, found: Mapping[Role, Bool[Tensor, "L U"]], by: Mapping[Role, Tensor]) -> list[RoleCount]:
-    """How many units of a kind have each role in each third of the depth, and the five strongest.
+    """How many units of a kind have each role in each third of the depth, and which.
 
     Args:
         kind: the kind.
@@ -74,7 +76,15 @@ def count_roles(kind: str, found: Mapping[Role, Bool[Tensor, "L U"]], by: Mappin
         parts: Sequence[Tensor] = mask.tensor_split(3)
         order = torch.where(mask, by[role].nan_to_num(-torch.inf), -torch.inf).flatten().argsort(descending=True)
         width = mask.shape[1]
-        strongest = [f"{kind}.{int(i) // width}.{int(i) % width}" for i in order[: min(5, int(mask.sum()))]]
+        members = [f"{kind}.{int(i) // width}.{int(i) % width}" for i in order[: int(mask.sum())]]
         first, second, third = (int(part.sum()) for part in parts)
-        counts.append(RoleCount(kind=kind, role=role, thirds=(first, second, third), strongest=tuple(strongest)))
+        counts.append(
+            RoleCount(
+                kind=kind,
+                role=role,
+                thirds=(first, second, third),
+                strongest=tuple(members[:STRONGEST]),
+                members=tuple(members),
+            )
+        )
     return counts

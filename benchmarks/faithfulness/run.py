@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from benchmarks.reporting import conditions
-from wpmerge.cli_prove import proof_tables
 from wpmerge.console import print_table
 from wpmerge.curves import SHARES
+from wpmerge.proof import proof_tables
 from wpmerge.proving import ProveSettings, prove
 from wpmerge.readings import ScoreSettings
 from wpmerge.scoring import score
@@ -102,7 +102,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     found = run({"demo": demo, "smollm2": smollm2}[args.family](args), args.work)
-    for table in proof_tables(found):
+    for table in proof_tables(found, found["out"]):
         print_table(table)
     result = {"benchmark": "faithfulness", "family": args.family, "proofs": found["capabilities"]}
     result |= {"settings": found["provenance"]["settings"], "seconds": found["provenance"]["seconds"]}
