@@ -18,6 +18,9 @@ def run(*arguments: object) -> Any:
     return CliRunner().invoke(cli.app, ["run", *map(str, arguments)])
 
 
+STAGES = ("score", "fuse", "report")
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("home")
@@ -41,20 +44,21 @@ def test_a_dry_run_then_a_run_then_the_same_again(home: Path) -> None:
     result = run(home / "recipe.yaml", "--dry-run", "--json")
     assert result.exit_code == 0, result.output
     dry = json.loads(result.stdout)
-    assert {stage["stage"]: stage["state"] for stage in dry["stages"]} == {"score": "to do", "fuse": "to do"}
+    assert {stage["stage"]: stage["state"] for stage in dry["stages"]} == dict.fromkeys(STAGES, "to do")
     assert not any(model["download"] for model in dry["models"].values()) and dry["download_bytes"] == 0
     assert sorted(home.rglob("*")) == before
 
     result = run(home / "recipe.yaml", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert [(each["stage"], each["done_before"]) for each in found["stages"]] == [("score", False), ("fuse", False)]
+    assert [(each["stage"], each["done_before"]) for each in found["stages"]] == [(name, False) for name in STAGES]
+    assert Path(found["report"]).is_file()
     assert found["rule"] == "uniform" and Path(found["recipe"]).is_file() and "evaluation" not in found
     written = next(stage for stage in dry["stages"] if stage["stage"] == "fuse")["written_bytes"]
     assert (Path(found["merged"]) / "model.safetensors").stat().st_size == pytest.approx(written, rel=0.2)
 
     result = run(home / "recipe.yaml")
-    assert result.exit_code == 0 and result.stdout.count("done before") == 2
+    assert result.exit_code == 0 and result.stdout.count("done before") == 3
     shown = run(home / "recipe.yaml", "--dry-run")
     assert shown.exit_code == 0 and "nothing was downloaded, run or written" in shown.stdout
 

@@ -93,7 +93,7 @@ def test_a_recipe_loads_and_says_what_it_takes(recipe: Path, tmp_path: Path, mon
         assert model["download"] == (hub[name] is not None)
         if hub[name] is not None and "peft_type" not in hub[name]:
             assert model["bytes"] == 2 * parameters(hub[name])
-    assert [stage["stage"] for stage in found["stages"]] == ["score", "fuse", "eval"]
+    assert [stage["stage"] for stage in found["stages"]] == ["score", "fuse", "eval", "report"]
     assert {stage["state"] for stage in found["stages"]} == {"to do"}
     assert all(stage["memory_bytes"] > 0 for stage in found["stages"])
     assert found["about_seconds"] > 0 and found["written_bytes"] > 0

@@ -70,7 +70,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_prompts(path / f"{name}.jsonl", seed=seed)
     rows = [{"prompt": f"w{number} w4", "answer": "w5"} for number in range(3, 9)]
     (path / "local.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert carry_out(path, path / "run") == {"score": False, "fuse": False, "eval": False}
+    assert carry_out(path, path / "run") == {"score": False, "fuse": False, "eval": False, "report": False}
     return path
 
 
@@ -98,26 +98,27 @@ def test_a_run_ends_in_scores_a_merge_its_recipe_and_an_evaluation(home: Path, t
     assert (out / "merged" / "model.safetensors").is_file() and (out / "merged" / "README.md").is_file()
     assert merge_recipe(out / "merged" / "recipe.yml", tmp_path / "again").tensors > 0
     evaluation = load_evaluation(out / "evaluation")
+    assert "wpmerge" in (out / "report.html").read_text()
     assert list(evaluation.models) == ["base", "a", "b", "merged"]
     assert (evaluation.base, set(evaluation.skills)) == ("base", {"a"})
-    assert sorted(path.name for path in out.iterdir()) == ["evaluation", "merged", "run.json", "scores"]
+    assert sorted(path.name for path in out.iterdir()) == ["evaluation", "merged", "report.html", "run.json", "scores"]
 
 
 def test_what_is_done_is_skipped(home: Path, out: Path) -> None:
     before = written(out)
-    assert carry_out(home, out) == {"score": True, "fuse": True, "eval": True}
+    assert carry_out(home, out) == {"score": True, "fuse": True, "eval": True, "report": True}
     assert written(out) == before
 
 
 def test_where_and_how_fast_does_not_count(home: Path, out: Path) -> None:
     elsewhere = {"directory": "another", "threads": 2}
     done = carry_out(home, out, stream=True, output=elsewhere, scoring=QUICK | {"max_memory": "9GB"})
-    assert done == {"score": True, "fuse": True, "eval": True}
+    assert done == {"score": True, "fuse": True, "eval": True, "report": True}
 
 
 def test_a_stage_that_is_gone_is_done_again_alone(home: Path, out: Path) -> None:
     shutil.rmtree(out / "evaluation")
-    assert carry_out(home, out) == {"score": True, "fuse": True, "eval": False}
+    assert carry_out(home, out) == {"score": True, "fuse": True, "eval": False, "report": True}
 
 
 def test_a_changed_setting_is_refused_by_name_and_redone_if_told(home: Path, out: Path) -> None:
@@ -126,10 +127,15 @@ def test_a_changed_setting_is_refused_by_name_and_redone_if_told(home: Path, out
     said = refusal(home, out, rule=rule)
     assert "rule.scale is 0.25, was 0.5" in said and "merged" in said and "--overwrite" in said
     assert written(out) == before
-    assert carry_out(home, out, overwrite=True, rule=rule) == {"score": True, "fuse": False, "eval": False}
+    assert carry_out(home, out, overwrite=True, rule=rule) == {
+        "score": True,
+        "fuse": False,
+        "eval": False,
+        "report": False,
+    }
     assert written(out)["scores/scores.safetensors"] == before["scores/scores.safetensors"]
     assert written(out)["merged/model.safetensors"] != before["merged/model.safetensors"]
-    assert carry_out(home, out, rule=rule) == {"score": True, "fuse": True, "eval": True}
+    assert carry_out(home, out, rule=rule) == {"score": True, "fuse": True, "eval": True, "report": True}
 
 
 def test_other_prompts_and_other_documents_are_noticed(home: Path, out: Path, tmp_path: Path) -> None:
@@ -147,7 +153,7 @@ def test_other_prompts_and_other_documents_are_noticed(home: Path, out: Path, tm
 def test_a_model_that_changed_is_noticed_and_one_that_moved_is_not(home: Path, out: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "a", tmp_path / "a")
     places = {"a": str(tmp_path / "a"), "b": str(home / "b")}
-    assert carry_out(home, out, experts=places) == {"score": True, "fuse": True, "eval": True}
+    assert carry_out(home, out, experts=places) == {"score": True, "fuse": True, "eval": True, "report": True}
     shutil.copy(home / "b" / "model.safetensors", tmp_path / "a")
     assert "models.a differs" in refusal(home, out, experts=places)
 
@@ -182,13 +188,13 @@ def test_a_run_killed_before_its_record_takes_what_is_whole(home: Path, out: Pat
     fuse = record["stages"]["fuse"]
     record["stages"]["fuse"] = {**fuse, "files": None, "replaces": None}
     (out / "run.json").write_text(json.dumps(record))
-    assert carry_out(home, out) == {"score": True, "fuse": True, "eval": True}
+    assert carry_out(home, out) == {"score": True, "fuse": True, "eval": True, "report": True}
     assert json.loads((out / "run.json").read_text())["stages"]["fuse"]["files"] == fuse["files"]
     unfinished = {**fuse, "files": None, "replaces": (out / "merged").stat().st_ino, "replaced": fuse}
     record["stages"]["fuse"] = unfinished  # killed while it replaced the one that still stands there
     (out / "run.json").write_text(json.dumps(record))
     assert "merged" in refusal(home, out)
-    assert carry_out(home, out, overwrite=True) == {"score": True, "fuse": False, "eval": True}
+    assert carry_out(home, out, overwrite=True) == {"score": True, "fuse": False, "eval": True, "report": True}
 
 
 def test_a_stage_that_fails_leaves_what_was_there(home: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +204,7 @@ def test_a_stage_that_fails_leaves_what_was_there(home: Path, out: Path, monkeyp
     assert written(out) == before
     assert json.loads((out / "run.json").read_text())["stages"] == record
     monkeypatch.undo()
-    assert carry_out(home, out) == {"score": True, "fuse": True, "eval": True}
+    assert carry_out(home, out) == {"score": True, "fuse": True, "eval": True, "report": True}
 
 
 def _fail(*_: object, **__: object) -> None:
@@ -232,4 +238,5 @@ def test_a_splits_file_is_named_by_its_split(home: Path, tmp_path: Path) -> None
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_of(home).model_dump()))
     shutil.copytree(home / "run", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "evaluation")
+    (tmp_path / "run" / "report.html").unlink()
     assert carry_out(home, tmp_path / "run", evaluation=changed.model_dump())["eval"] is False

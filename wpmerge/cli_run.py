@@ -45,7 +45,7 @@ def run(
     as_json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Score, fuse and evaluate as a recipe says; what is done already is skipped."""
+    """Score, fuse, evaluate and report as a recipe says; what is done already is skipped."""
     console.set_up(verbose=verbose)
     places = options.named("--model", model or [])
     from wpmerge.errors import RecipeError
@@ -91,6 +91,7 @@ def _show_finished(run: "Run", finished: "list[Finished]", *, as_json: bool) -> 
         ],
         "merged": str(outputs["fuse"].output),
         "recipe": str(outputs["fuse"].output / "recipe.yml"),
+        "report": str(outputs["report"].output),
         "rule": load_plan(outputs["fuse"].output).rule,
     }
     rows = [
@@ -117,6 +118,8 @@ def dry_summary(run: "Run", recipe: Path) -> dict[str, Any]:
     needs = {} if work is None else {"score": forecast.scoring_needs(work), "fuse": forecast.fusing_needs(work)}
     if work is not None and run.recipe.evaluation is not None:
         needs["eval"] = forecast.judging_needs(work, run.recipe.evaluation)
+    if work is not None:
+        needs["report"] = forecast.REPORT
     wanted = [needs[stage.name] for stage in stages if states[stage.name] != "done" and stage.name in needs]
     whole = forecast.longest(wanted)
     fetched = [source for source in sources.values() if source.place == "hub"]
@@ -163,7 +166,7 @@ def dry_tables(summary: dict[str, Any]) -> list[console.Table]:
             entry["stage"],
             entry["state"],
             _size(entry["memory_bytes"]),
-            _size(entry["written_bytes"]) if entry["stage"] != "eval" else "little",
+            _size(entry["written_bytes"]) if entry["stage"] not in ("eval", "report") else "little",
             _time(entry["about_seconds"]),
             entry["output"],
         ]

@@ -1,4 +1,4 @@
-"""A whole run: score, fuse, evaluate, each skipped where it is done: the work behind ``wpmerge run``.
+"""A whole run: score, fuse, evaluate, report, each skipped where it is done: the work behind ``wpmerge run``.
 
 Every stage has one output under the run's directory and a key, the hash of the settings that decide it, those of the
 stages before among them. ``run.json`` keeps key and settings of what was done. An output with the same key is taken as
@@ -24,12 +24,15 @@ from wpmerge.errors import CheckpointError, OutputError, RecipeError
 from wpmerge.output import write_file
 from wpmerge.plan import BASE
 from wpmerge.provenance import versions
+from wpmerge.report import write_report
+from wpmerge.report_inputs import read_material
 from wpmerge.run_recipe import EVALUATED, MERGED, Judging, RunRecipe, settings_of
 from wpmerge.scoring import check_names
 from wpmerge.sources import Source, find_source, identity
 from wpmerge.taskdata import file_hash
 
 RECORD = "run.json"
+PAGE = "report.html"
 SCHEMA = 1
 ELSEWHERE = ("max_memory", "threads", "directory")
 """Settings that change where and how fast a result comes, not what it is; device and streaming are of these too."""
@@ -165,7 +168,8 @@ def stages_of(run: Run, places: Mapping[str, Path | None]) -> list[Stage]:
             return _evaluate(run, judging, overwrite)
 
         stages.append(_stage("eval", run.out / "evaluation", wanted, evaluate, after=fuse))
-    return stages  # a report on all of it is one more stage here, whose output is a file
+    shown = _stage("report", run.out / PAGE, {}, lambda overwrite: _report(run, overwrite), after=stages[-1])
+    return [*stages, shown]
 
 
 def _stage(
@@ -318,6 +322,12 @@ def _evaluate(run: Run, judging: Judging, overwrite: bool) -> object:
         },
         **settings_of(judging, "task_data"),
     )
+
+
+def _report(run: Run, overwrite: bool) -> object:
+    judged = None if run.recipe.evaluation is None else run.out / "evaluation"
+    material = read_material(run.out / "scores", plan=run.out / MERGED, evaluation=judged)
+    return write_report(material, out=run.out / PAGE, overwrite=overwrite)
 
 
 def read_record(out: Path) -> dict[str, Any]:
