@@ -112,12 +112,26 @@ def proof_tables(found: Mapping[str, Any]) -> list[console.Table]:
 
 
 def _stability_table(proofs: Mapping[str, Any]) -> console.Table:
-    rows = [
-        [name, *(console.number(s["stability"][key]) for key in ("halves", "overlap", "stored"))]
-        for name, s in proofs.items()
-    ]
-    header = ["capability", "halves of prompts", "overlap of top 5%", "held-out with stored"]
-    return console.Table(title="rank stability over prompts", header=header, rows=rows)
+    rows = [row for name, proof in proofs.items() for row in _stability_rows(name, proof["stability"])]
+    header = ["capability", "over", "rank correlation", "95%", "overlap of top 5%", "with stored"]
+    return console.Table(title="rank stability", header=header, rows=rows)
+
+
+def _stability_rows(name: str, found: Mapping[str, Any]) -> list[list[str]]:
+    halves, overlap, stored = (console.number(found[key]) for key in ("halves", "overlap", "stored"))
+    rows = [[name, "halves of prompts", halves, _span(found["halves_interval"]), overlap, stored]]
+    conditions: list[tuple[str, Any]] = []
+    if (wordings := found["paraphrases"]) is not None:
+        conditions.append((f"two wordings of {wordings['queries']} queries", wordings))
+    if (seeds := found["seeds"]) is not None:
+        conditions.append((f"{len(seeds['seeds'])} draws of {seeds['prompts']} prompts", seeds))
+    if (layers := found["layers"]) is not None:
+        near = layers["neighbours"].items()
+        conditions += [(f"anchor at {layers['l_star']} and {layer}", each) for layer, each in near]
+    for words, each in conditions:
+        cells = [console.number(each["spearman"]), _span(each["interval"]), console.number(each["overlap"])]
+        rows.append([name, words, *cells, console.number(each.get("stored"))])
+    return rows
 
 
 def _areas(record: Mapping[str, Any]) -> list[str]:
