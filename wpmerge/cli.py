@@ -14,7 +14,7 @@ from wpmerge.cli_merge import merge, verify
 from wpmerge.cli_prove import prove
 from wpmerge.errors import WpmergeError
 
-READOUTS = ("reference", "anchor", "divergence")
+READOUTS = ("reference", "anchor", "divergence", "auto")
 KINDS = ("head", "neuron", "kv_group", "norm", "output_bias", "embedding", "positions", "final_norm", "lm_head")
 COARSE_KINDS = ("attention", "mlp", "layer", "tensor")
 ESTIMATORS = ("linear", "integrated", "exact")
@@ -96,7 +96,8 @@ def score(
         list[str],
         typer.Option(
             metavar="READOUT",
-            help=f"What is read: {', '.join(READOUTS)}. Repeat for more; the first decides coefficients.",
+            help=f"What is read: {', '.join(READOUTS)}. Repeat for more; the first decides coefficients. auto: the "
+            "most reliable for each capability, by how far two halves of its prompts agree.",
         ),
     ] = ["reference", "anchor"],  # noqa: B006 - typer reads it, nothing changes it
     prompts: Annotated[int, typer.Option(metavar="N", min=4, help="Prompts per capability to score on.")] = 32,

@@ -23,6 +23,7 @@ from wpmerge.plan import input_model
 from wpmerge.provenance import provenance
 from wpmerge.readings import Case, Progress, ScoreSettings, capability_record, prepare_case
 from wpmerge.recovery import Gap, measure_gap, score_readout
+from wpmerge.reliability import choose
 from wpmerge.scores import ReadoutRecord, Scores
 
 NAME = re.compile(r"(?!base$)[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -92,7 +93,7 @@ def score(
         }
         if not family.resident:
             return_freed_memory()
-        measured = list(_measured(family, cases, settings, allowed.held_bytes, tell))
+        measured = list(_measured(family, cases, settings, allowed.held_bytes, pieces, tell))
         for gap in measured:
             readouts[gap.label], found = score_readout(family, gap, settings, allowed.held_bytes, pieces, tell)
             arrays |= found
@@ -114,12 +115,26 @@ def score(
 
 
 def _measured(
-    family: Family, cases: Mapping[str, Case], settings: ScoreSettings, held_bytes: int, tell: Progress
+    family: Family,
+    cases: Mapping[str, Case],
+    settings: ScoreSettings,
+    held_bytes: int,
+    pieces: Pieces,
+    tell: Progress,
 ) -> Iterator[Gap]:
     for name, case in cases.items():
-        for readout in ("reference",) if case.retain else settings.readouts:
+        first, *others = ("reference",) if case.retain else settings.readouts
+        known: list[Gap] = []
+        if first == "auto":
+            known = choose(family, case, settings, held_bytes, pieces, tell)
+            others = [readout for readout in others if readout != known[0].name]
+            yield known[0]
+        else:
+            others = [first, *others]
+        for readout in others:
             tell(f"{name}: gap, {readout}", 0, 1)
-            yield measure_gap(family, case, readout, settings, held_bytes)
+            found = next((gap for gap in known if gap.name == readout), None)
+            yield found or measure_gap(family, case, readout, settings, held_bytes, first=readout == first)
 
 
 def _budget(family: Family, settings: ScoreSettings) -> Budget:
@@ -131,7 +146,7 @@ def _budget(family: Family, settings: ScoreSettings) -> Budget:
         resident=family.resident,
         stored_bytes=max(info.dtype.itemsize for checkpoint in checkpoints for info in checkpoint.tensors.values()),
         gradients="integrated" in settings.estimators,
-        teacher="divergence" in settings.readouts,
+        teacher=not {"divergence", "auto"}.isdisjoint(settings.readouts),
     )
 
 
