@@ -44,14 +44,20 @@ def test_halves_are_compared_where_all_candidates_read_and_something_moved() -> 
     """Units 0 to 3 count: 4 did not move, 5 is above the anchor's layer."""
     reference = torch.tensor([[1.0, 2.0, 3.0, 4.0, 0.0, 9.0], [1.0, 2.0, 4.0, 3.0, 0.0, 1.0]])
     anchor = torch.tensor([[1.0, 2.0, 3.0, 4.0, 0.0, math.nan], [4.0, 3.0, 2.0, 1.0, 0.0, math.nan]])
-    found = compare({"reference": reference, "anchor": anchor})
+    found = compare({"reference": reference, "anchor": anchor}, ["reference", "anchor"])
     assert found["reference"]["halves"] == pytest.approx(0.8)
     assert found["reference"]["behaviour"] == pytest.approx(0.8)
     assert found["anchor"]["halves"] == pytest.approx(-1.0)
     # the first half's ranks 1 2 3 4 with 1 2 4 3, the second half's 4 3 2 1 with 1 2 3 4
     assert found["anchor"]["behaviour"] == pytest.approx((0.8 - 1.0) / 2)
+    alone = compare({"reference": reference, "anchor": anchor}, ["reference"])
+    assert alone["reference"]["halves"] != found["reference"]["halves"], "an unusable anchor hides no unit"
     still = torch.zeros(2, 6)
-    assert compare({"reference": still})["reference"] == {"halves": None, "overlap": None, "behaviour": None}
+    assert compare({"reference": still}, ["reference"])["reference"] == {
+        "halves": None,
+        "overlap": None,
+        "behaviour": None,
+    }
 
 
 def test_halves_of_a_behavioural_readout_average_to_the_whole(disk: Disk, tmp_path: Path) -> None:

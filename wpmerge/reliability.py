@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TypedDict
 
 import torch
 from jaxtyping import Float
@@ -28,6 +29,14 @@ CANDIDATES: tuple[ReadoutName, ...] = ("reference", "divergence", "anchor")
 """In the order in which they are preferred where they are as good."""
 MARGIN = 0.05
 """Rank correlation of halves by which a readout must be ahead of one that stands before it."""
+
+
+class Worth(TypedDict):
+    """A part of :class:`Candidate`: how far the halves agree."""
+
+    halves: float | None
+    overlap: float | None
+    behaviour: float | None
 
 
 def choose(
@@ -65,7 +74,8 @@ def choose(
         halves[name] = pieces.tensors(f"halves-{own}-{name}", compute)["halves"]
     if not gaps:
         raise next(iter(refused.values()))
-    worth = compare(halves)
+    usable = [gap.name for gap in gaps if not gap.accepted]
+    worth = compare(halves, usable or list(halves))
     judged = [
         Candidate(
             readout=gap.name,
@@ -103,15 +113,20 @@ def half_scores(family: Family, gap: Gap, settings: ScoreSettings, held_bytes: i
     return {"halves": torch.stack(found)}
 
 
-def compare(halves: Mapping[ReadoutName, Float[Tensor, "2 G"]]) -> dict[ReadoutName, dict[str, float | None]]:
-    """How far each candidate's halves agree, and each foretells the reference, by the names of :class:`Candidate`.
+def compare(
+    halves: Mapping[ReadoutName, Float[Tensor, "2 G"]], counted: Sequence[ReadoutName]
+) -> dict[ReadoutName, Worth]:
+    """How far each candidate's halves agree, and each foretells the reference.
 
-    Counted are the units that moved and that every candidate reads: an anchor must not gain by reading fewer.
+    Args:
+        halves: a number per unit from each half.
+        counted: usable candidates. Units count that moved and that all of these read: an anchor must not gain by
+            reading fewer.
     """
-    everything = torch.cat(list(halves.values()))
+    everything = torch.cat([halves[name] for name in counted])
     common = ~everything.isnan().any(dim=0) & (everything != 0).any(dim=0)
     reference = halves.get("reference")
-    found: dict[ReadoutName, dict[str, float | None]] = {}
+    found: dict[ReadoutName, Worth] = {}
     for name, (one, other) in halves.items():
         found[name] = {
             "halves": _known(spearman(one[common], other[common])),

@@ -24,7 +24,7 @@ from wpmerge.provenance import provenance
 from wpmerge.readings import Case, Progress, ScoreSettings, capability_record, prepare_case
 from wpmerge.recovery import Gap, measure_gap, score_readout
 from wpmerge.reliability import choose
-from wpmerge.scores import ReadoutRecord, Scores
+from wpmerge.scores import AskedReadout, ReadoutRecord, Scores
 
 NAME = re.compile(r"(?!base$)[A-Za-z0-9][\w.-]*", re.ASCII)
 """Of experts and capabilities: "/" and "@" part the keys of arrays, pieces are files, and plans name the base so."""
@@ -123,18 +123,15 @@ def _measured(
     tell: Progress,
 ) -> Iterator[Gap]:
     for name, case in cases.items():
-        first, *others = ("reference",) if case.retain else settings.readouts
-        known: list[Gap] = []
-        if first == "auto":
-            known = choose(family, case, settings, held_bytes, pieces, tell)
-            others = [readout for readout in others if readout != known[0].name]
-            yield known[0]
-        else:
-            others = [first, *others]
-        for readout in others:
+        asked: tuple[AskedReadout, ...] = ("reference",) if case.retain else settings.readouts
+        known = choose(family, case, settings, held_bytes, pieces, tell) if asked[0] == "auto" else []
+        yield from known[:1]
+        for place, readout in enumerate(asked):
+            if readout == "auto" or (known and readout == known[0].name):
+                continue
             tell(f"{name}: gap, {readout}", 0, 1)
-            found = next((gap for gap in known if gap.name == readout), None)
-            yield found or measure_gap(family, case, readout, settings, held_bytes, first=readout == first)
+            measured = next((gap for gap in known if gap.name == readout), None)
+            yield measured or measure_gap(family, case, readout, settings, held_bytes, first=place == 0)
 
 
 def _budget(family: Family, settings: ScoreSettings) -> Budget:
