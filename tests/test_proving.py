@@ -126,7 +126,7 @@ def test_without_the_prompts_there_is_no_anchor_but_a_proof(home, caplog):
     finally:
         shutil.move(moved, home / "b.jsonl")
     assert set(found["capabilities"]["b"]["readouts"]) == {"reference"}
-    assert "no anchor and no roles" in caplog.text
+    assert "no anchor, no roles" in caplog.text
 
 
 KILLER = """
