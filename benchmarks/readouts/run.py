@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -42,14 +42,17 @@ from wpmerge.rows import pack
 from wpmerge.scores import ReadoutName
 
 KINDS: tuple[Kind, ...] = ("head", "neuron")
-PROMPTS, GROUP = 32, 4
+GROUP = 4
 SIZES = (8, 16, 32)
 TRAINED = ("capital_letters", "highlighted_sections", "multiple_sections", "no_comma", "quotation", "title")
 """What the SmolLM2 format expert was trained on."""
 SPLITS = 10
 """Splits into halves that are averaged, where there are more."""
-DIVERGENCE, REPLY = 16, 16
-"""Prompts of the divergence and of the anchor at the reply's tokens, which cost most."""
+READOUTS = ("reference", "divergence", "anchor", "anchor at reply")
+LESS = 16
+"""Prompts of the divergence and of the anchor at the reply's tokens, at most: they cost most."""
+REPLY = 16
+"""Tokens of the reply at which that anchor is read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +75,7 @@ def effects(family: Family, expert: str, reading: Reading) -> Tensor:
     """Linear effects of the expert's heads and neurons."""
     base, other = family.weights[""], family.weights[expert]
     (arrays,) = linear(family.engine, base, [other], reading.rows, reading.readout, kinds=KINDS)
-    return torch.cat([array.flatten() for array in arrays.values()])
+    return torch.cat([array.flatten() for array in arrays.values()]).cpu()
 
 
 def behavioural(family: Family, case: Case, name: ReadoutName, options: ScoreSettings, count: int) -> Scored:
@@ -201,27 +204,30 @@ def gap(family: Family, case: Case, reading: Reading) -> dict[str, float]:
     return {"gap": float(change.mean()), "t": t}
 
 
-def one_type(family: Family, name: str, options: ScoreSettings, work: Path) -> dict[str, Any]:
-    """One instruction type: every readout, every number of prompts."""
+def one_type(family: Family, name: str, options: ScoreSettings, readouts: Sequence[str], work: Path) -> dict[str, Any]:
+    """One instruction type: every readout, every number of prompts up to those to score on."""
     started = time.process_time()
     capability = replace(load_capability("format", name), name="format")
     case = prepare_case(family, capability, options, Pieces(work), lambda *_: None)
     anchor = fit_case_anchor(family, case, options, HELD_BYTES)
     point = anchor.curve[anchor.layer]
-    scored = {
-        "reference": behavioural(family, case, "reference", options, PROMPTS),
-        "divergence": behavioural(family, case, "divergence", options, DIVERGENCE),
-        "anchor": anchored(family, case, anchor, PROMPTS, reply=0),
-        "anchor at reply": anchored(family, case, anchor, REPLY, reply=REPLY),
+    count, less = options.prompts, min(LESS, options.prompts)
+    makers: dict[str, Callable[[], Scored]] = {
+        "reference": lambda: behavioural(family, case, "reference", options, count),
+        "divergence": lambda: behavioural(family, case, "divergence", options, less),
+        "anchor": lambda: anchored(family, case, anchor, count, reply=0),
+        "anchor at reply": lambda: anchored(family, case, anchor, less, reply=REPLY),
     }
+    scored = {each: makers[each]() for each in readouts}
     everything = torch.stack([part for each in scored.values() for part in each.groups.values()])
     common = ~everything.isnan().any(dim=0) & (everything != 0).any(dim=0)
-    said = make_reading(family, case, None, options, count=PROMPTS)
+    said = make_reading(family, case, None, options, count=count)
     sequences, starts = pair_sequences(family, case, 0)
-    last = Reading(readout=anchor_at(anchor, anchor.direction, PROMPTS, starts), rows=pack(sequences))
+    last = Reading(readout=anchor_at(anchor, anchor.direction, count, starts), rows=pack(sequences))
     return {
         "type": name,
         "trained": name in TRAINED,
+        "prompts": count,
         "units": int(common.sum()),
         "anchor": {
             "layer": anchor.layer,
@@ -244,18 +250,21 @@ def main() -> None:
     parser.add_argument("--expert", default=".family/format")
     parser.add_argument("--types", nargs="+", default=builtin.instructions(), choices=builtin.instructions())
     parser.add_argument("--tokens", type=int, default=24, help="longest reply")
+    parser.add_argument("--prompts", type=int, default=max(SIZES), choices=SIZES)
+    parser.add_argument("--readouts", nargs="+", default=READOUTS, choices=READOUTS, help="reference among them")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("readouts.json"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    options = ScoreSettings(prompts=PROMPTS, held_out=4, reference_tokens=args.tokens, accept_anchor=True)
-    family = open_family(args.base, {"format": args.expert})
+    options = ScoreSettings(prompts=args.prompts, held_out=4, reference_tokens=args.tokens, accept_anchor=True)
+    family = open_family(args.base, {"format": args.expert}, device=args.device)
     done = json.loads(args.out.read_text())["types"] if args.out.exists() else []
     for name in args.types:
         if name in {each["type"] for each in done}:
             continue
         with TemporaryDirectory() as work:
-            done.append(one_type(family, name, options, Path(work)))
+            done.append(one_type(family, name, options, args.readouts, Path(work)))
         print(json.dumps(done[-1]), file=sys.stderr, flush=True)
         result = {"benchmark": "readouts", "types": done, "tokens": args.tokens}
         line = json.dumps(
