@@ -28,16 +28,18 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Disk:
     return make_disk(tmp_path_factory.mktemp("reliability"))
 
 
-def candidate(readout: str, halves: float | None, *, usable: bool = True) -> Candidate:
-    return Candidate(readout=readout, usable=usable, halves=halves)
+def candidate(readout: str, behaviour: float | None, halves: float = 0.5, *, usable: bool = True) -> Candidate:
+    return Candidate(readout=readout, usable=usable, behaviour=behaviour, halves=halves)
 
 
-def test_the_most_stable_readout_is_picked_and_a_preferred_one_within_the_margin() -> None:
+def test_the_readout_that_foretells_the_behaviour_is_picked_and_a_preferred_one_within_the_margin() -> None:
     assert pick([candidate("reference", 0.5), candidate("anchor", 0.5 + MARGIN / 2)]) == "reference"
     assert pick([candidate("reference", 0.5), candidate("anchor", 0.5 + 2 * MARGIN)]) == "anchor"
+    assert pick([candidate("reference", 0.5, 0.5), candidate("anchor", 0.1, 0.9)]) == "reference", "stable is not right"
     assert pick([candidate("reference", None), candidate("anchor", 0.1)]) == "anchor"
     assert pick([candidate("reference", 0.2), candidate("anchor", 0.9, usable=False)]) == "reference"
     assert pick([candidate("reference", 0.2, usable=False), candidate("anchor", 0.9, usable=False)]) == "anchor"
+    assert pick([candidate("divergence", None, 0.3), candidate("anchor", None, 0.9)]) == "anchor", "by halves alone"
 
 
 def test_halves_are_compared_where_all_candidates_read_and_something_moved() -> None:
@@ -135,7 +137,7 @@ def test_the_command_says_which_readout_it_uses(disk: Disk) -> None:
     arguments += ["--reference-tokens=5"]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output
-    table = result.stdout.partition("readouts by the agreement of two halves")[2].partition("e0:")[0]
+    table = result.stdout.partition("readouts by how far one half of the prompts")[2].partition("e0:")[0]
     assert table.count("used") == 1 and all(name in table for name in CANDIDATES)
 
 

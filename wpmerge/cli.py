@@ -97,7 +97,7 @@ def score(
         typer.Option(
             metavar="READOUT",
             help=f"What is read: {', '.join(READOUTS)}. Repeat for more; the first decides coefficients. auto: the "
-            "most reliable for each capability, by how far two halves of its prompts agree.",
+            "one whose scores best foretell the behaviour on other prompts, for each capability.",
         ),
     ] = ["reference", "anchor"],  # noqa: B006 - typer reads it, nothing changes it
     prompts: Annotated[int, typer.Option(metavar="N", min=4, help="Prompts per capability to score on.")] = 32,

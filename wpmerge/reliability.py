@@ -1,4 +1,4 @@
-"""Which readout of a capability to rely on: the one whose unit scores come out again on other prompts.
+"""Which readout of a capability to rely on: the one whose unit scores foretell the behaviour on other prompts.
 
 The rule: docs/method.md, section "Readouts".
 
@@ -28,7 +28,7 @@ from wpmerge.scores import Candidate, ReadoutName
 CANDIDATES: tuple[ReadoutName, ...] = ("reference", "divergence", "anchor")
 """In the order in which they are preferred where they are as good."""
 MARGIN = 0.05
-"""Rank correlation of halves by which a readout must be ahead of one that stands before it."""
+"""Rank correlation by which a readout must be ahead of one that stands before it."""
 
 
 class Worth(TypedDict):
@@ -142,17 +142,17 @@ def compare(
 
 
 def pick(judged: Sequence[Candidate]) -> ReadoutName:
-    """The readout whose halves agree most; one that is preferred stays unless it is behind by more than the margin.
+    """The readout that best foretells the behaviour; one that is preferred stays unless it is behind by the margin.
 
-    Readouts that were accepted although unreliable count only if there is no other.
+    Where no reference could be measured, the readout whose halves agree most. Readouts that were accepted although
+    unreliable count only if there is no other.
     """
     among = [each for each in judged if each.usable] or judged
-    best = max(_agreed(each) for each in among)
-    return next(each.readout for each in among if _agreed(each) >= best - MARGIN)
-
-
-def _agreed(candidate: Candidate) -> float:
-    return -1.0 if candidate.halves is None else candidate.halves
+    by_behaviour = any(each.behaviour is not None for each in among)
+    worth = [each.behaviour if by_behaviour else each.halves for each in among]
+    known = [-1.0 if value is None else value for value in worth]
+    best = max(known)
+    return next(each.readout for each, value in zip(among, known, strict=True) if value >= best - MARGIN)
 
 
 def _known(value: float) -> float | None:

@@ -118,17 +118,18 @@ def scores_tables(summary: Mapping[str, Any]) -> list[Table]:
 
 
 def _choice_tables(summary: Mapping[str, Any]) -> list[Table]:
-    """Where readouts were chosen by reliability: what each candidate was worth, and which one is used."""
+    """Where readouts were chosen: what each candidate was worth, and which one is used."""
     rows = []
     for record in summary["readouts"].values():
         for each in record["choice"]:
             verdict = "used" if each["chosen"] else ("" if each["usable"] else f"no: {each['refused']}")
-            numbers = (number(each[field]) for field in ("halves", "overlap", "behaviour", "gap_t", "l_star"))
+            numbers = (number(each[field]) for field in ("behaviour", "halves", "overlap", "gap_t", "l_star"))
             rows.append((record["capability"], each["readout"], *numbers, verdict))
     if not rows:
         return []
-    header = ("capability", "readout", "halves", "overlap of top 5%", "with behaviour", "t of gap", "l*", "")
-    return [Table(title="readouts by the agreement of two halves of the prompts", header=header, rows=rows)]
+    header = ("capability", "readout", "with reference", "with itself", "overlap of top 5%", "t of gap", "l*", "")
+    title = "readouts by how far one half of the prompts foretells the other: rank correlations of unit scores"
+    return [Table(title=title, header=header, rows=rows)]
 
 
 def _kind_tables(title: str, kinds: Mapping[str, Any], unit: str) -> list[Table]:
