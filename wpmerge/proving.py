@@ -206,7 +206,9 @@ class _Proof:
         norms = squared_norms(self.layout, self.grouping, self.base, self.expert)
         self.norms, self.moved = norms, norms > 0
         self.capability = self._capability()
-        self.case = self.capability and prepare_case(family, self.capability, self._options, pieces, tell)
+        self.case: Case | None = None
+        if self.capability is not None:
+            self.case = prepare_case(family, self.capability, self._options, pieces, tell)
         self._fitted: Anchor | None = None
 
     def run(self, tests: Sequence[TestPrompt]) -> dict[str, Any]:

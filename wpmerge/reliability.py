@@ -89,7 +89,7 @@ def choose(
     ]
     chosen = pick(judged)
     judged += [
-        Candidate(readout=name, usable=False, refused=error.got or error.what) for name, error in refused.items()
+        Candidate(readout=name, usable=False, refused=str(error.got or error.what)) for name, error in refused.items()
     ]
     choice = tuple(each.model_copy(update={"chosen": each.readout == chosen}) for each in judged)
     first = next(gap for gap in gaps if gap.name == chosen)
