@@ -236,7 +236,7 @@ def test_input_that_cannot_be_used_ends_with_one_message(home, tmp_path):
     assert "is an input" in refused(scores, "--out", scores)
     assert "lies inside an input" in refused(scores, "--out", scores / "proof")
     plain = tmp_path / "plain.jsonl"
-    plain.write_text(json.dumps({"prompt": "w5"}) + "\n")
+    plain.write_text(json.dumps({"prompt": "w5", "reference": "w6"}) + "\n")
     assert "not judged" in refused(scores, "--generate", f"a={plain}")
     assert "cannot be read" in refused(scores, "--generate", f"a={tmp_path / 'none.jsonl'}")
     assert "malformed" in refused(scores, "--generate", "a")
