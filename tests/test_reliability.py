@@ -19,13 +19,21 @@ from wpmerge.proving import ProveSettings, anchor_label, prove
 from wpmerge.readings import ScoreSettings, make_reading, prepare_case
 from wpmerge.recovery import measure_gap
 from wpmerge.reliability import CANDIDATES, MARGIN, choose, compare, half_scores, pick
-from wpmerge.scores import Candidate, load_scores
+from wpmerge.scores import Candidate, Scores, load_scores
 from wpmerge.scoring import score
 
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Disk:
     return make_disk(tmp_path_factory.mktemp("reliability"))
+
+
+AUTO = dataclasses.replace(QUICK, readouts=("auto", "anchor"))
+
+
+@pytest.fixture(scope="module")
+def auto(disk: Disk) -> Scores:
+    return disk.score("auto", AUTO)
 
 
 def candidate(readout: str, behaviour: float | None, halves: float = 0.5, *, usable: bool = True) -> Candidate:
@@ -77,8 +85,7 @@ def test_halves_of_a_behavioural_readout_average_to_the_whole(disk: Disk, tmp_pa
     torch.testing.assert_close(halves.mean(dim=0), whole, rtol=1e-4, atol=1e-7)
 
 
-def test_scores_say_what_was_chosen_and_from_what(disk: Disk) -> None:
-    found = disk.score("auto", dataclasses.replace(QUICK, readouts=("auto", "anchor")))
+def test_scores_say_what_was_chosen_and_from_what(disk: Disk, auto: Scores) -> None:
     stored = load_scores(disk.root / "auto")
     for name in ("e0", "e1"):
         record = stored.readouts[name]
@@ -91,16 +98,16 @@ def test_scores_say_what_was_chosen_and_from_what(disk: Disk) -> None:
     named = disk.score("named", dataclasses.replace(QUICK, readouts=(stored.readouts["e0"].readout,)))
     for key, array in named.arrays.items():
         if key.split("/")[1] == "e0":
-            assert torch.equal(found.arrays[key].nan_to_num(9), array.nan_to_num(9)), "as if it had been asked for"
+            assert torch.equal(auto.arrays[key].nan_to_num(9), array.nan_to_num(9)), "as if it had been asked for"
     assert not named.readouts["e0"].choice
 
 
-def test_a_killed_run_chooses_the_same_again(disk: Disk) -> None:
-    settings = dataclasses.replace(QUICK, readouts=("auto",))
+def test_a_killed_run_chooses_the_same_again(disk: Disk, auto: Scores) -> None:
     with pytest.raises(KeyboardInterrupt):
-        disk.score("killed", settings, progress=Stop("e1: linear"))
-    again, whole = disk.score("killed", settings), disk.score("whole", settings)
-    assert again.readouts == whole.readouts
+        disk.score("killed", AUTO, progress=Stop("e1: linear"))
+    again = disk.score("killed", AUTO)
+    assert again.readouts == auto.readouts
+    assert all(torch.equal(array.nan_to_num(9), again.arrays[key].nan_to_num(9)) for key, array in auto.arrays.items())
 
 
 def test_what_cannot_be_measured_is_refused_with_its_reason(disk: Disk, tmp_path: Path) -> None:
