@@ -6,9 +6,10 @@ import pytest
 import torch
 from tiny import CONFIGS, ModelWeights, tiny_model
 
-from wpmerge.anchor import Anchor, Behaviour, anchor_readout, fit_anchor, last_token_states
+from wpmerge.anchor import HALVES, Anchor, Behaviour, anchor_readout, fit_anchor, token_states
 from wpmerge.engine import Engine
 from wpmerge.errors import AnchorError
+from wpmerge.readouts import AnchorReadout, measure
 from wpmerge.rows import pack
 
 ITEMS, LAYERS, WIDTH = 16, 10, 32
@@ -200,7 +201,7 @@ def test_last_token_states_are_transformers_own(model_type: str) -> None:
     weights = ModelWeights.of(model)
     engine = Engine(weights.layout, dtype=torch.float64)
     sequences = [[3, 4, 5, 9, 17], [3, 4, 5, 40, 8, 21, 33, 7], [3, 4, 5, 50]]
-    found = last_token_states(engine, weights, pack(sequences, tokens_per_row=9), 3)
+    found = token_states(engine, weights, pack(sequences, tokens_per_row=9), 3)
     assert found.shape == (3, 3, 16)
     for number, sequence in enumerate(sequences):
         with torch.no_grad():
@@ -208,6 +209,30 @@ def test_last_token_states_are_transformers_own(model_type: str) -> None:
         # the last of transformers' states has gone through the final norm already
         for layer in range(2):
             torch.testing.assert_close(found[number, layer], states[layer + 1][0, -1], rtol=1e-11, atol=1e-11)
+
+
+def test_states_and_readout_of_a_span_are_means_over_its_tokens() -> None:
+    weights = ModelWeights.of(tiny_model("llama", seed=0, dtype=torch.float64))
+    engine = Engine(weights.layout, dtype=torch.float64)
+    sequences, starts = [[3, 4, 5, 9, 17], [3, 4, 40, 8]], [3, 2]
+    rows = pack(sequences)
+    ends = [[[3, 4, 5, 9], [3, 4, 5, 9, 17]], [[3, 4, 40], [3, 4, 40, 8]]]
+    alone = [token_states(engine, weights, pack(each), len(each)).mean(dim=0) for each in ends]
+    found = token_states(engine, weights, rows, 2, starts=starts)
+    torch.testing.assert_close(found, torch.stack(alone), rtol=1e-10, atol=1e-12)
+    direction = torch.nn.functional.normalize(torch.arange(16.0, dtype=torch.float64), dim=0)
+    readout = AnchorReadout(layer=1, direction=direction, item=[0, 0], sign=[1.0, -1.0], items=1, starts=starts)
+    expected = (found[0, 1] - found[1, 1]) @ direction
+    torch.testing.assert_close(measure(engine, weights, rows, readout)[0], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_halves_have_directions_of_their_own() -> None:
+    expert, base = planted([0.0] * 4 + [30.0] * 6, unit(7)), noise(1)
+    anchor = fit(expert, base)
+    for number, half in enumerate(HALVES):
+        own = torch.nn.functional.normalize(expert[half].mean(dim=0), dim=-1).float()
+        assert torch.equal(anchor.halves[number], own)
+    assert torch.equal(anchor.direction, anchor.directions[anchor.layer])
 
 
 @pytest.mark.parametrize("gap", [0.0, -1.0, float("nan")])

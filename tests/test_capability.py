@@ -1,6 +1,7 @@
 """Capabilities: files and their faults, built-in sets, splits, and what the model sees."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -189,3 +190,49 @@ def test_references_follow_their_prompts() -> None:
     assert own_starts == starts
     assert [s[start:] for s, start in zip(own, own_starts, strict=True)] == [[7], [8, 9]], "replies are taken whole"
     assert [s[:start] for s, start in zip(own, starts, strict=True)] == [chat.prompt_tokens(p.prompt) for p in prompts]
+
+
+def test_paraphrases_are_other_wordings_of_one_query_and_instruction() -> None:
+    def capability(*prompts: Prompt) -> Capability:
+        return Capability(name="c", source="c", prompts=prompts)
+
+    prompts = [
+        Prompt(prompt=f"{n} {words}", without=str(n), instruction=instruction)
+        for n in range(5)
+        for words, instruction in (("loud", "capitals"), ("LOUD", "capitals"), ("bare", "commas"))
+    ]
+    found = capability(*prompts).paraphrases(["0", "1", "3", "4"])
+    assert found is not None
+    assert [prompt.prompt for prompt in found[0].prompts] == ["0 loud", "1 loud", "3 loud", "4 loud"]
+    assert [prompt.prompt for prompt in found[1].prompts] == ["0 LOUD", "1 LOUD", "3 LOUD", "4 LOUD"]
+    assert capability(*prompts).paraphrases(["0", "1", "3"]) is None, "fewer than four"
+    other = [replace(prompt, instruction=prompt.prompt) for prompt in prompts]
+    assert capability(*other).paraphrases([str(n) for n in range(5)]) is None, "another instruction is no wording"
+    twice = [replace(prompt, prompt=f"{prompt.without} loud") for prompt in prompts]
+    assert capability(*twice).paraphrases([str(n) for n in range(5)]) is None, "the same words are no other wording"
+
+
+@pytest.mark.parametrize("name", ["response_language", "math", "capital_letters+title"])
+def test_built_in_prompts_have_paraphrases(name: str) -> None:
+    """Of a joined set only prompts of the same instruction are paired."""
+    capability = load_capability("c", name)
+    queries = list(dict.fromkeys(prompt.asked for prompt in capability.prompts))
+    found = capability.paraphrases(queries)
+    assert found is not None
+    pairs = list(zip(found[0].prompts, found[1].prompts, strict=True))
+    assert len(pairs) == len(queries)
+    for one, other in pairs:
+        assert one.asked == other.asked and one.instruction == other.instruction and one.prompt != other.prompt
+    assert {one.instruction for one, _ in pairs} == set(name.split("+"))
+
+
+def test_what_no_model_sees_is_not_hashed(tmp_path: Path) -> None:
+    lines = [{"prompt": f"say {n}", "instruction": "say"} for n in range(4)]
+    named = load_capability("n", write(tmp_path / "named.jsonl", *lines))
+    bare = load_capability("n", write(tmp_path / "bare.jsonl", *({"prompt": f"say {n}"} for n in range(4))))
+    odd = load_capability(
+        "n", write(tmp_path / "odd.jsonl", *({"prompt": f"say {n}", "instruction": n} for n in range(4)))
+    )
+    assert {prompt.instruction for prompt in named.prompts} == {"say"}
+    assert {prompt.instruction for prompt in (*bare.prompts, *odd.prompts)} == {None}
+    assert named.content_hash() == bare.content_hash() == odd.content_hash()

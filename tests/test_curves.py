@@ -1,4 +1,4 @@
-"""Sets, matched rankings, areas and stability, on numbers that can be counted by hand."""
+"""Sets, matched rankings and areas, on numbers that can be counted by hand."""
 
 import math
 from itertools import pairwise
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wpmerge.curves import area, chosen, interval, matched, order_by, recovered, resamples, stability, strata
+from wpmerge.curves import area, chosen, matched, order_by, recovered, strata
 
 SIZES = torch.tensor([4.0, 1.0, 1.0, 2.0, 2.0], dtype=torch.float64)
 VALUES = torch.tensor([4.0, 3.0, math.nan, 1.0, 9.0], dtype=torch.float64)
@@ -59,15 +59,3 @@ def test_recovery_is_a_ratio_of_means():
     items = np.array([[0.0, 0.0], [1.0, 1.0], [1.0, 3.0]])
     assert recovered(items, base, expert)[0].tolist() == [0.0, 0.5, 1.0]
     assert recovered(items, base, expert, np.array([[2.0, 0.0]]))[0].tolist() == [0.0, 1.0, 1.0]
-    draws = resamples(5, 7, seed=0)
-    assert draws.shape == (7, 5) and (draws.sum(axis=1) == 5).all()
-    assert interval([1.0, math.nan]) == (1.0, 1.0)
-
-
-def test_stability_tells_signal_from_noise():
-    generator = torch.Generator().manual_seed(0)
-    truth = torch.randn(400, generator=generator).double()
-    noise = torch.randn(16, 400, generator=generator).double()
-    sure, chance = stability(truth + 0.1 * noise, truth, draws=10), stability(noise, truth, draws=10)
-    assert sure.halves > 0.95 and sure.stored > 0.95 and sure.overlap > 0.8
-    assert abs(chance.halves) < 0.2 and abs(chance.stored) < 0.2 and chance.overlap < 0.3

@@ -1,7 +1,11 @@
 """Proofs on tiny families: grafts are exact at their ends, the artifact is whole, bad input is refused."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,4 +126,123 @@ def test_without_the_prompts_there_is_no_anchor_but_a_proof(home, caplog):
     finally:
         shutil.move(moved, home / "b.jsonl")
     assert set(found["capabilities"]["b"]["readouts"]) == {"reference"}
-    assert "no anchor and no roles" in caplog.text
+    assert "no anchor, no roles" in caplog.text
+
+
+KILLER = """
+import json, os, signal, sys, time
+from pathlib import Path
+import torch
+from wpmerge.proving import ProveSettings, prove
+
+torch.set_num_threads(1)
+home, out = Path(sys.argv[1]), Path(sys.argv[1]) / "killed"
+settings = ProveSettings(shares=(0.1, 0.5), randoms=2, draws=20, roles=True)
+
+def child(work):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    return pid
+
+def finished(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def run(check=None):
+    def progress(what, done, of):
+        if check and "rank stability" in what:
+            check()
+    prove(home / "scores", out=out, capabilities=["a"], settings=settings, progress=progress)
+
+def pieces():
+    return {path.name: path.stat().st_mtime_ns for path in out.parent.glob(".killed.wpmerge/out/pieces/*")}
+
+resumed, died = [], 0
+for least in (1, 4, 9):
+    pid = child(run)
+    while len(pieces()) < least and os.waitpid(pid, os.WNOHANG) == (0, 0):
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    died += finished(pid) == -signal.SIGKILL
+    assert not out.exists(), "half a proof"
+    left = {name: when for name, when in pieces().items() if name.endswith((".safetensors", ".json"))}
+
+    def check():
+        now = pieces()
+        again = [name for name, when in left.items() if "stability" not in name and now.get(name) != when]
+        assert not again, f"made again: {again}"
+
+    assert finished(child(lambda: run(check))) == 0
+    resumed.append(len(left))
+    (out / "proof.json").rename(home / f"resumed-{least}.json")
+    out.rmdir()
+print(json.dumps({"died": died, "kept": resumed}))
+"""
+
+
+def test_a_killed_proof_goes_on_from_its_curves_and_ends_with_the_same_numbers(home):
+    whole = prove(home / "scores", out=home / "unkilled", capabilities=["a"], settings=QUICK)["capabilities"]
+    command = [sys.executable, "-c", KILLER, str(home)]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    assert counts["died"] == 3 and counts["kept"][2] >= 9, counts
+    for least in (1, 4, 9):
+        again = json.loads((home / f"resumed-{least}.json").read_text())["capabilities"]
+        assert again == json.loads(json.dumps(whole))
+    assert not list(home.glob(".killed*"))
+
+
+def test_pieces_of_other_work_are_not_used(home):
+    """Killed, and then asked for with another seed: nothing of the first run is taken."""
+
+    def stop(what, done, of):
+        if "rank stability" in what:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prove(home / "scores", out=home / "other", capabilities=["a"], settings=QUICK, progress=stop)
+    assert list(home.glob(".other.wpmerge/out/pieces/*curve*"))
+    settings = replace(QUICK, seed=1)
+    found = prove(home / "scores", out=home / "other", capabilities=["a"], settings=settings)
+    fresh = prove(home / "scores", out=home / "fresh", capabilities=["a"], settings=settings)
+    assert found["capabilities"] == fresh["capabilities"]
+
+
+def test_input_that_cannot_be_used_ends_with_one_message(home, tmp_path):
+    """Scores that were cut off, of another version, or without finest units; outputs and tests that cannot be used."""
+
+    def refused(*arguments):
+        result = CliRunner().invoke(cli.app, ["prove", *map(str, arguments)])
+        assert (result.exit_code, result.stdout) == (2, ""), result.output
+        return result.stderr
+
+    scores = home / "scores"
+    cut = shutil.copytree(scores, tmp_path / "cut")
+    (cut / "scores.json").write_text((scores / "scores.json").read_text()[:200])
+    assert "scores cannot be read" in refused(cut)
+    (cut / "scores.json").write_text(
+        (scores / "scores.json").read_text().replace('"schema_version": 2', '"schema_version": 9')
+    )
+    assert "unknown schema version" in refused(cut)
+    assert "exists" in refused(scores, "--out", home / "a")
+    assert "is an input" in refused(scores, "--out", scores)
+    assert "lies inside an input" in refused(scores, "--out", scores / "proof")
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text(json.dumps({"prompt": "w5", "reference": "w6"}) + "\n")
+    assert "not judged" in refused(scores, "--generate", f"a={plain}")
+    assert "cannot be read" in refused(scores, "--generate", f"a={tmp_path / 'none.jsonl'}")
+    assert "malformed" in refused(scores, "--generate", "a")
+    moved = shutil.move(home / "b", home / "b-moved")
+    try:
+        assert "error:" in refused(scores, "--capability=b", "--out", tmp_path / "p")
+    finally:
+        shutil.move(moved, home / "b")
+    assert not (tmp_path / "p").exists()

@@ -30,6 +30,9 @@ SHARE_OF_CARRIED = 0.5
 DEPTH = 0.9
 """The chosen layer is no later than this share of the depth."""
 
+HALVES = (slice(0, None, 2), slice(1, None, 2))
+"""Two halves of the prompts, as they stand: every second one, and the others."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnchorPoint:
@@ -59,16 +62,23 @@ class Anchor:
     Attributes:
         kind: "contrast" of prompts with and without the instruction, or "pair" of expert and base.
         layer: l*.
-        direction: v, unit length, from all prompts.
+        directions: v of every layer, unit length, from all prompts.
+        halves: the same from every second prompt, beginning with the first, and from the others.
         curve: one point per layer.
         reliable: whether the layer passed the criteria.
     """
 
     kind: Literal["contrast", "pair"]
     layer: int
-    direction: Float[Tensor, " D"]
+    directions: Float[Tensor, "L D"]
+    halves: Float[Tensor, "2 L D"]
     curve: tuple[AnchorPoint, ...]
     reliable: bool
+
+    @property
+    def direction(self) -> Float[Tensor, " D"]:
+        """v at l*."""
+        return self.directions[self.layer]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -87,8 +97,13 @@ class Behaviour:
 
 
 @torch.no_grad()
-def last_token_states(engine: Engine, source: WeightSource, rows: Sequence[Row], count: int) -> Float[Tensor, "n L D"]:
-    """The residual stream after every layer at each sequence's last token, float64; ``count`` sequences."""
+def token_states(
+    engine: Engine, source: WeightSource, rows: Sequence[Row], count: int, *, starts: Sequence[int] | None = None
+) -> Float[Tensor, "n L D"]:
+    """The residual stream after every layer, float64, at each of ``count`` sequences' last token.
+
+    With ``starts`` it is the mean over the tokens from there on.
+    """
     layout = engine.layout
     found = torch.empty(count, layout.layers, layout.hidden, dtype=torch.float64)
     outer = source.outer(layout.input_tensors())
@@ -99,8 +114,9 @@ def last_token_states(engine: Engine, source: WeightSource, rows: Sequence[Row],
         weights = source.layer(index)
         for number, (row, entry) in enumerate(zip(rows, entries, strict=True)):
             states[number] = engine.layer(index, weights, states[number], entry.calls[index])
-            last = torch.stack([place[-1] for place in row.places.values()])
-            found[list(row.places), index] = states[number][0, last].double().cpu()
+            for item, place in row.places.items():
+                read = place[-1 if starts is None else starts[item] :]
+                found[item, index] = states[number][0, read].double().mean(dim=0).cpu()
     return found
 
 
@@ -133,13 +149,12 @@ def fit_anchor(
         raise AnchorError("there is no such layer to read", where=name, got=layer, expected=f"0 to {layers - 1}")
     target = expert_states if kind == "contrast" else expert_states - base_states
     change = expert_states - base_states
-    halves = (slice(0, None, 2), slice(1, None, 2))
-    directions = [_unit(target[half].mean(dim=0)) for half in halves]
+    directions = [_unit(target[half].mean(dim=0)) for half in HALVES]
     cosines = (directions[0] * directions[1]).sum(dim=-1)
-    crossed = torch.cat([torch.einsum("nld,ld->nl", change[halves[i]], directions[1 - i]) for i in (0, 1)])
+    crossed = torch.cat([torch.einsum("nld,ld->nl", change[HALVES[i]], directions[1 - i]) for i in (0, 1)])
     gaps = crossed.mean(dim=0)
     t = gaps / (crossed.std(dim=0) / len(crossed) ** 0.5).clamp_min(1e-300)
-    carried = torch.stack([_carried(behaviour, halves[i], directions[1 - i]) for i in (0, 1)]).sum(dim=0)
+    carried = torch.stack([_carried(behaviour, HALVES[i], directions[1 - i]) for i in (0, 1)]).sum(dim=0)
     curve = tuple(
         AnchorPoint(
             layer=index,
@@ -159,7 +174,8 @@ def fit_anchor(
     return Anchor(
         kind=kind,
         layer=chosen,
-        direction=_unit(target.mean(dim=0))[chosen].float(),
+        directions=_unit(target.mean(dim=0)).float(),
+        halves=torch.stack(directions).float(),
         curve=curve,
         reliable=reliable,
     )

@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,24 @@ class Prompt:
         without: the same without the instruction; a capability whose prompts have it gets a contrast anchor.
         reference: a reply that shows the capability; without one the expert's own continuation is taken.
         query: what is asked, however it is put; None takes ``without``, or else the prompt. Not part of the hash.
+        instruction: which of a set's instructions it holds; prompts with one query and one instruction are
+            paraphrases. Not part of the hash.
     """
 
     prompt: str
     without: str | None = None
     reference: str | None = None
     query: str | None = None
+    instruction: str | None = None
+
+    @property
+    def asked(self) -> str:
+        """The query."""
+        return self.query or self.without or self.prompt
+
+
+UNHASHED = ("query", "instruction")
+"""Fields of a prompt that no model sees."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +68,7 @@ class Capability:
 
     def content_hash(self) -> str:
         """SHA-256 of the prompts, in order."""
-        shown = [{key: text for key, text in asdict(prompt).items() if key != "query"} for prompt in self.prompts]
+        shown = [{key: text for key, text in asdict(prompt).items() if key not in UNHASHED} for prompt in self.prompts]
         text = json.dumps(shown, ensure_ascii=False, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -70,7 +82,7 @@ class Capability:
         """
         groups: dict[str, list[Prompt]] = {}
         for prompt in self.prompts:
-            groups.setdefault(prompt.query or prompt.without or prompt.prompt, []).append(prompt)
+            groups.setdefault(prompt.asked, []).append(prompt)
         chance = random.Random(seed)
         queries = list(groups.values())
         chance.shuffle(queries)
@@ -90,6 +102,30 @@ class Capability:
         one, other = (Capability(name=self.name, source=self.source, prompts=tuple(part)) for part in parts)
         return one, other
 
+    def paraphrases(self, queries: Sequence[str]) -> tuple["Capability", "Capability"] | None:
+        """Two wordings of the same queries, query by query: prompt i of both asks the same in other words.
+
+        Args:
+            queries: which to take, as :attr:`Prompt.asked`; a query that has one wording only is passed over.
+
+        Returns:
+            One pair a query, and one instruction a pair; None with fewer than four pairs.
+        """
+        wordings: dict[str, dict[str | None, list[Prompt]]] = {query: {} for query in queries}
+        for prompt in self.prompts:
+            if prompt.asked in wordings:
+                wordings[prompt.asked].setdefault(prompt.instruction, []).append(prompt)
+        pairs = []
+        for number, found in enumerate(wordings.values()):
+            several = [prompts for prompts in found.values() if len({prompt.prompt for prompt in prompts}) > 1]
+            if several:  # the instructions of a joined set in turn
+                first, *others = several[number % len(several)]
+                pairs.append((first, next(prompt for prompt in others if prompt.prompt != first.prompt)))
+        if len(pairs) < MINIMUM:
+            return None
+        one, other = (replace(self, prompts=tuple(side)) for side in zip(*pairs, strict=True))
+        return one, other
+
 
 def _in_turn(groups: Sequence[Sequence[Prompt]]) -> list[Prompt]:
     """The first of every group, then the second of every group that has one, and so on."""
@@ -106,7 +142,7 @@ def load_capability(name: str, spec: str) -> Capability:
     Args:
         name: what to call it.
         spec: a built-in name, several joined by "+" (an expert that learned two instructions), or a path to JSONL with
-            one ``{"prompt", "without"?, "reference"?}`` a line; other keys are ignored.
+            one ``{"prompt", "without"?, "reference"?, "instruction"?}`` a line; other keys are ignored.
 
     Raises:
         CapabilityError: no such name or file; names joined of which some have ``without`` or ``reference`` and some
@@ -134,7 +170,7 @@ def _builtin_prompts(name: str) -> list[Prompt]:
         )
     optional = ("without", "reference", "query")
     return [
-        Prompt(prompt=entry["prompt"], **{field: entry.get(field) for field in optional})
+        Prompt(prompt=entry["prompt"], instruction=name, **{field: entry.get(field) for field in optional})
         for entry in builtin.prompts(name)
     ]
 
@@ -185,7 +221,13 @@ def _parse(line: str, where: str) -> Prompt:
         value = entry.get(field)
         if value is not None and (not isinstance(value, str) or not value.strip()):
             raise CapabilityError(f'"{field}" is not a text.', where=where, got=repr(value), expected=expected)
-    return Prompt(prompt=entry["prompt"], without=entry.get("without"), reference=entry.get("reference"))
+    named = entry.get("instruction")
+    return Prompt(
+        prompt=entry["prompt"],
+        without=entry.get("without"),
+        reference=entry.get("reference"),
+        instruction=named if isinstance(named, str) else None,
+    )
 
 
 class Chat:

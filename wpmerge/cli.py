@@ -18,7 +18,7 @@ from wpmerge.cli_report import report
 from wpmerge.cli_run import run
 from wpmerge.errors import WpmergeError
 
-READOUTS = ("reference", "anchor", "divergence")
+READOUTS = ("reference", "anchor", "divergence", "auto")
 KINDS = ("head", "neuron", "kv_group", "norm", "output_bias", "embedding", "positions", "final_norm", "lm_head")
 COARSE_KINDS = ("attention", "mlp", "layer", "tensor")
 ESTIMATORS = ("linear", "integrated", "exact")
@@ -104,7 +104,8 @@ def score(
         list[str],
         typer.Option(
             metavar="READOUT",
-            help=f"What is read: {', '.join(READOUTS)}. Repeat for more; the first decides coefficients.",
+            help=f"What is read: {', '.join(READOUTS)}. Repeat for more; the first decides coefficients. auto: the "
+            "one whose scores best foretell the behaviour on other prompts, for each capability.",
         ),
     ] = ["reference", "anchor"],  # noqa: B006 - typer reads it, nothing changes it
     prompts: Annotated[int, typer.Option(metavar="N", min=4, help="Prompts per capability to score on.")] = 32,

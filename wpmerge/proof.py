@@ -33,7 +33,7 @@ def load_proof(path: Path) -> dict[str, Any]:
             for curves in each["readouts"].values():
                 for curve in ("transplant", "revert"):
                     _ = curves[curve]["random"], curves[curve]["rankings"]["linear"]["recovered"]
-            _ = each["shares"], each["stability"]
+            _ = each["shares"], each["stability"]["paraphrases"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WpmergeError(
             "a proof cannot be read",
@@ -71,12 +71,26 @@ def proof_tables(found: Mapping[str, Any], where: str) -> list[Table]:
 
 
 def _stability_table(proofs: Mapping[str, Any]) -> Table:
-    rows = [
-        [name, *(number(each["stability"][key]) for key in ("halves", "overlap", "stored"))]
-        for name, each in proofs.items()
-    ]
-    header = ["capability", "halves of prompts", "overlap of top 5%", "held-out with stored"]
-    return Table(title="rank stability over prompts", header=header, rows=rows)
+    rows = [row for name, proof in proofs.items() for row in _stability_rows(name, proof["stability"])]
+    header = ["capability", "over", "rank correlation", "95%", "overlap of top 5%", "with stored"]
+    return Table(title="rank stability", header=header, rows=rows)
+
+
+def _stability_rows(name: str, found: Mapping[str, Any]) -> list[list[str]]:
+    halves, overlap, stored = (number(found[key]) for key in ("halves", "overlap", "stored"))
+    rows = [[name, "halves of prompts", halves, _span(found["halves_interval"]), overlap, stored]]
+    conditions: list[tuple[str, Any]] = []
+    if (wordings := found["paraphrases"]) is not None:
+        conditions.append((f"two wordings of {wordings['queries']} queries", wordings))
+    if (seeds := found["seeds"]) is not None:
+        conditions.append((f"{len(seeds['seeds'])} draws of {seeds['prompts']} prompts", seeds))
+    if (layers := found["layers"]) is not None:
+        near = layers["neighbours"].items()
+        conditions += [(f"anchor at {layers['l_star']} and {layer}", each) for layer, each in near]
+    for words, each in conditions:
+        cells = [number(each["spearman"]), _span(each["interval"]), number(each["overlap"])]
+        rows.append([name, words, *cells, number(each.get("stored"))])
+    return rows
 
 
 def _areas(record: Mapping[str, Any]) -> list[str]:

@@ -21,23 +21,22 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from wpmerge.activation import PATCHED, activation_effects
+from wpmerge.agreement import interval, resamples
+from wpmerge.anchor import Anchor
 from wpmerge.arch import Layout
-from wpmerge.attribution import UnitArrays, empty_arrays, linear
+from wpmerge.attribution import UnitArrays, empty_arrays
 from wpmerge.bench_replies import Decoding, read_and_reply
 from wpmerge.calibration import HeldOutReading, read_held_out
-from wpmerge.capability import load_capability
+from wpmerge.capability import Capability, load_capability
 from wpmerge.coefficients import Grouping, group_scores, make_grouping, squared_norms, tensor_coefficients
 from wpmerge.console import finite
 from wpmerge.curves import (
     SHARES,
     area,
     chosen,
-    interval,
     matched,
     order_by,
     recovered,
-    resamples,
-    stability,
     strata,
 )
 from wpmerge.errors import WpmergeError
@@ -50,6 +49,7 @@ from wpmerge.patching import HELD_BYTES
 from wpmerge.pieces import Pieces
 from wpmerge.proof import SCHEMA_VERSION
 from wpmerge.provenance import provenance
+from wpmerge.rank_stability import Judged, measure_stability
 from wpmerge.readings import Case, Progress, ScoreSettings, fit_case_anchor, make_reading, prepare_case
 from wpmerge.readouts import LogProbReadout, measure
 from wpmerge.roles import CARRIED, HIGH, count_roles, roles_of
@@ -176,6 +176,14 @@ def prove(
     return {"out": str(out), **record}
 
 
+def anchor_label(scores: Scores, name: str) -> str | None:
+    """What a capability's anchor scores are called: its own name, where the anchor was the first or chosen readout."""
+    labels = (name, f"{name}@anchor")
+    return next(
+        (each for each in labels if each in scores.readouts and scores.readouts[each].readout == "anchor"), None
+    )
+
+
 def _asked(scores: Scores, asked: Sequence[str], tests: Mapping[str, Any]) -> list[str]:
     known = [name for name, record in scores.capabilities.items() if not record.retain]
     for name in (*asked, *tests):
@@ -197,7 +205,11 @@ class _Proof:
         self.grouping = make_grouping(self.layout, "unit")
         norms = squared_norms(self.layout, self.grouping, self.base, self.expert)
         self.norms, self.moved = norms, norms > 0
-        self.case = self._case()
+        self.capability = self._capability()
+        self.case: Case | None = None
+        if self.capability is not None:
+            self.case = prepare_case(family, self.capability, self._options, pieces, tell)
+        self._fitted: Anchor | None = None
 
     def run(self, tests: Sequence[TestPrompt]) -> dict[str, Any]:
         reading = self._reading()
@@ -212,34 +224,27 @@ class _Proof:
             "readouts": {"reference": self._curves("reference", reading, rankings)},
             "stability": self._stability(reading, rankings["linear"]),
         }
-        if (anchored := self._anchor_reading()) is not None:
-            label = f"{self.name}@anchor"
-            own = rankings | self._stored(label)
-            found["readouts"]["anchor"] = self._curves("anchor", anchored, own)
+        if (anchored := self._anchor_reading()) is not None and (anchor := self._anchor()) is not None:
+            found["readouts"]["anchor"] = self._curves("anchor", anchored, rankings | self._stored(anchor[0]))
         if tests:
             found["readouts"]["judged"] = self._judged(tests, rankings)
         if self.settings.roles:
             found["roles"] = self._roles()
         return found
 
-    def _case(self) -> Case | None:
-        """The capability's prompts as they were split; None, with a word, where its source is not what it was."""
+    def _capability(self) -> Capability | None:
+        """The capability's prompts; None, with a word, where its source is not what it was."""
         record = self.scores.capabilities[self.name]
+        without = "no anchor, no roles, no stability over wordings and seeds, and rivals rank by held-out prompts"
         try:
             capability = load_capability(self.name, record.source)
         except WpmergeError as error:
-            logger.warning(
-                "%s: no anchor and no roles, and rivals rank by the held-out prompts: its own cannot be read: %s",
-                self.name,
-                error,
-            )
+            logger.warning("%s: %s: its own cannot be read: %s", self.name, without, error)
             return None
         if capability.content_hash() != record.content_hash:
-            logger.warning(
-                "%s: no anchor and no roles, and rivals rank by held-out prompts: its own have changed", self.name
-            )
+            logger.warning("%s: %s: its own have changed", self.name, without)
             return None
-        return prepare_case(self.family, capability, self._options, self.pieces, self.tell)
+        return capability
 
     @property
     def _options(self) -> ScoreSettings:
@@ -356,33 +361,50 @@ class _Proof:
         return measure(self.engine, source, reading.rows, reading.readout).double().cpu()
 
     def _stability(self, reading: HeldOutReading, stored: Float[Tensor, " G"]) -> dict[str, Any]:
-        """Of linear effects on the held-out prompts, one by one."""
+        """Over prompts, and where the capability's own can be read over wordings, seeds and neighbouring layers."""
         assert isinstance(reading.readout, LogProbReadout)
-        readout = reading.readout
+        judged = Judged(
+            family=self.family,
+            name=self.name,
+            stored=stored,
+            moved=self.moved,
+            flat=self._flat,
+            options=self._options,
+            seed=self.settings.seed,
+            pieces=self.pieces,
+            tell=self.tell,
+        )
+        held, anchor = self._held_out(), self._anchor()
+        sequences, starts = reading.readout.sequences, reading.readout.starts
+        return measure_stability(
+            judged, sequences, starts, capability=self.capability, held=held, anchor=anchor and anchor[1]
+        )
 
-        def effects() -> dict[str, Tensor]:
-            found = []
-            for sequence, start in zip(readout.sequences, readout.starts, strict=True):
-                one = LogProbReadout(layer=readout.layer, sequences=[sequence], starts=[start])
-                (arrays,) = linear(self.engine, self.base, [self.expert], pack([list(sequence)]), one)
-                found.append(self._flat(arrays))
-            return {"effects": torch.stack(found)}
+    def _held_out(self) -> Case | None:
+        """The held-out prompts as a case of their own."""
+        if self.case is None or self.capability is None:
+            return None
+        options, kept = self._options, self.scores.capabilities[self.name].held_out
+        _, held = self.capability.split(scoring=options.prompts, held_out=options.held_out, seed=options.seed)
+        sequences = [list(each) for each in kept.sequences]
+        return replace(self.case, scored=held, sequences=sequences, starts=list(kept.starts))
 
-        self.tell(f"{self.name}: rank stability", 0, 1)
-        found = self.pieces.tensors("stability", effects)["effects"][:, self.moved]
-        return asdict(stability(found, stored[self.moved], seed=self.settings.seed))
+    def _anchor(self) -> tuple[str, Anchor] | None:
+        """The label of the anchor's scores, and the anchor, fitted on the scored prompts as it was."""
+        if self.case is None or (label := anchor_label(self.scores, self.name)) is None:
+            return None
+        if self._fitted is None:
+            options = replace(self._options, layer=self.scores.readouts[label].l_star, accept_anchor=True)
+            self._fitted = fit_case_anchor(self.family, self.case, options, HELD_BYTES)
+        return label, self._fitted
 
     def _anchor_reading(self) -> HeldOutReading | None:
-        """The anchor, fitted on the scored prompts as it was, read on the held-out ones."""
-        record = self.scores.readouts.get(f"{self.name}@anchor")
-        if record is None or self.case is None:
+        """The anchor, read on the held-out prompts."""
+        anchor, held = self._anchor(), self._held_out()
+        if anchor is None or held is None:
             return None
-        options = replace(self._options, layer=record.l_star, accept_anchor=True)
-        anchor = fit_case_anchor(self.family, self.case, options, HELD_BYTES)
-        capability = load_capability(self.name, self.scores.capabilities[self.name].source)
-        _, held = capability.split(scoring=options.prompts, held_out=options.held_out, seed=options.seed)
-        count = min(self.settings.prompts or len(held.prompts), len(held.prompts))
-        made = make_reading(self.family, replace(self.case, scored=held), anchor, options, count=count)
+        count = min(self.settings.prompts or len(held.starts), len(held.starts))
+        made = make_reading(self.family, held, anchor[1], self._options, count=count)
         return read_held_out(self.engine, self.base, self.expert, made.readout, made.rows)
 
     def _judged(self, tests: Sequence[TestPrompt], rankings: Mapping[str, Float[Tensor, " G"]]) -> dict[str, Any]:
@@ -417,21 +439,22 @@ class _Proof:
 
     def _roles(self) -> dict[str, Any] | None:
         """Roles on the scored prompts; None where there is no anchor."""
-        record = self.scores.readouts.get(f"{self.name}@anchor")
-        if record is None or self.case is None:
+        found_anchor = self._anchor()
+        if found_anchor is None or self.case is None:
             return None
+        label, anchor = found_anchor
+        record = self.scores.readouts[label]
         assert record.gap is not None
         self.tell(f"{self.name}: roles", 0, 1)
-        options = replace(self._options, layer=record.l_star, accept_anchor=True)
+        options = self._options
         count = min(self.settings.prompts or len(self.case.starts), len(self.case.starts))
-        anchor = fit_case_anchor(self.family, self.case, options, HELD_BYTES)
         anchored = make_reading(self.family, self.case, anchor, options, count=count)
         said = make_reading(self.family, self.case, None, options, count=count, name="divergence")
         by_anchor = activation_effects(self.engine, self.base, self.expert, anchored.rows, anchored.readout)
         by_output = activation_effects(self.engine, self.base, self.expert, said.rows, said.readout)
         counts = []
         for kind in PATCHED:
-            weights = self.scores.array(f"{self.name}@anchor", self.name, kind).double()
+            weights = self.scores.array(label, self.name, kind).double()
             effect = by_anchor[kind] / record.gap
             found = roles_of(weights, effect, by_output[kind], layer=record.l_star)
             by = {"source": weights, "aggregation": effect, "execution": by_output[kind]}

@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
-from wpmerge.anchor import Anchor, Behaviour, anchor_readout, fit_anchor, last_token_states
+from wpmerge.anchor import Anchor, Behaviour, anchor_readout, fit_anchor, token_states
 from wpmerge.arch import KINDS, Kind
 from wpmerge.capability import Capability, reference_sequences
 from wpmerge.errors import CapabilityError, WpmergeError
@@ -18,7 +18,7 @@ from wpmerge.models import Family, continuations
 from wpmerge.pieces import Pieces
 from wpmerge.readouts import DivergenceReadout, LogProbReadout, Readout, measure, read_places
 from wpmerge.rows import Row, pack
-from wpmerge.scores import CapabilityRecord, Direction, HeldOut, ReadoutName
+from wpmerge.scores import AskedReadout, CapabilityRecord, Direction, HeldOut, ReadoutName
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,8 @@ class ScoreSettings:
     """What ``wpmerge score`` may be told.
 
     Attributes:
-        readouts: the first one's scores carry the capability's own name and are what coefficients rest on.
+        readouts: the first one's scores carry the capability's own name and are what coefficients rest on. "auto",
+            only as the first, stands for the one that :func:`wpmerge.reliability.choose` finds for each capability.
         prompts: prompts (or pairs) per capability to score on.
         held_out: further prompts per capability, kept for choosing coefficients.
         reference_tokens: longest reference, tokens.
@@ -52,7 +53,7 @@ class ScoreSettings:
         vocab: "base" cuts an expert with a larger vocabulary to the base's rows; None refuses it.
     """
 
-    readouts: tuple[ReadoutName, ...] = ("reference", "anchor")
+    readouts: tuple[AskedReadout, ...] = ("reference", "anchor")
     prompts: int = 32
     held_out: int = 16
     reference_tokens: int = 96
@@ -82,6 +83,12 @@ class ScoreSettings:
                     got=", ".join(given) or "none",
                     mend=f"add {needed}",
                 )
+        if "auto" in self.readouts[1:]:
+            raise WpmergeError(
+                "the readout auto is not the first, whose scores coefficients rest on",
+                got=", ".join(self.readouts),
+                mend="give --readout auto first",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +115,17 @@ class Case:
     def own(self) -> str:
         """The model that shows it: the expert of its name or, of a retain set, the base, whose name is empty."""
         return "" if self.retain else self.scored.name
+
+
+def some_of(case: Case, numbers: Sequence[int]) -> Case:
+    """The case with some of its scored prompts only."""
+    prompts = tuple(case.scored.prompts[number] for number in numbers)
+    return replace(
+        case,
+        scored=replace(case.scored, prompts=prompts),
+        sequences=[case.sequences[number] for number in numbers],
+        starts=[case.starts[number] for number in numbers],
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +186,7 @@ def fit_case_anchor(family: Family, case: Case, settings: ScoreSettings, held_by
     rows = pack(_anchor_sequences(family, case.scored), tokens_per_row=settings.tokens_per_row)
     per_item = 2 if case.scored.has_pairs else 1
     states = [
-        last_token_states(family.engine, family.weights[name], rows, len(prompts) * per_item) for name in (case.own, "")
+        token_states(family.engine, family.weights[name], rows, len(prompts) * per_item) for name in (case.own, "")
     ]
     reference = make_reading(family, case, None, settings, count=len(prompts))
     last, tokens = family.layout.layers - 1, [start - 1 for start in case.starts]

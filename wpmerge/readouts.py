@@ -46,7 +46,7 @@ class Readout(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class AnchorReadout:
-    """⟨a_l*(x), v⟩ at each prompt's last token, as given by an anchor; items may weigh several prompts.
+    """⟨a_l*(x), v⟩ at each sequence's last token, as given by an anchor; items may weigh several sequences.
 
     Attributes:
         layer: l*.
@@ -54,6 +54,7 @@ class AnchorReadout:
         item: sequence number → the item it belongs to.
         sign: sequence number → +1, or −1 for a pair's prompt without the instruction.
         items: number of items.
+        starts: sequence number → the first token that is read; from there on the mean is taken. None reads the last.
     """
 
     layer: int
@@ -61,21 +62,26 @@ class AnchorReadout:
     item: Sequence[int]
     sign: Sequence[float]
     items: int
+    starts: Sequence[int] | None = None
     reads_output: bool = False
 
     def places(self, row: Row) -> Int[Tensor, " N"]:
-        """The last token of every prompt."""
-        return torch.stack([place[-1] for place in row.places.values()])
+        """The tokens that are read of every sequence, one sequence after the other."""
+        return torch.cat(self._read(row))
+
+    def _read(self, row: Row) -> list[Int[Tensor, " _"]]:
+        return [place[-1 if self.starts is None else self.starts[number] :] for number, place in row.places.items()]
 
     def read(
         self, engine: Engine, outer: Weights, hidden: Float[Tensor, "U N D"], row: Row
     ) -> Float[Tensor, "U items"]:
         """Projections on v, signed, summed per item."""
         projections = hidden @ self.direction.to(hidden)
-        signs = torch.tensor([self.sign[number] for number in row.places]).to(hidden)
-        items = torch.tensor([self.item[number] for number in row.places], device=hidden.device)
+        lengths = torch.tensor([len(read) for read in self._read(row)])
+        weights = torch.tensor([self.sign[number] for number in row.places], dtype=torch.float64) / lengths
+        items = torch.tensor([self.item[number] for number in row.places]).repeat_interleave(lengths)
         zeros = hidden.new_zeros(hidden.shape[0], self.items)
-        return zeros.index_add(1, items, projections * signs)
+        return zeros.index_add(1, items.to(hidden.device), projections * weights.repeat_interleave(lengths).to(hidden))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -18,7 +18,7 @@ from wpmerge.patching import HELD_BYTES
 from wpmerge.pieces import Pieces
 from wpmerge.readings import Case, Progress, Reading, ScoreSettings, fit_case_anchor, make_reading
 from wpmerge.readouts import measure
-from wpmerge.scores import Direction, ReadoutName, ReadoutRecord, Verification, array_key
+from wpmerge.scores import Candidate, Direction, ReadoutName, ReadoutRecord, Verification, array_key
 from wpmerge.screening import verify
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class Gap:
         expert: F(own expert); None for a retain set.
         gap: expert − base; None for a retain set.
         t: the gap's t-statistic over items.
+        choice: the readouts that this one was chosen from, if it was.
     """
 
     case: Case
@@ -50,6 +51,7 @@ class Gap:
     expert: float | None = None
     gap: float | None = None
     t: float | None = None
+    choice: tuple[Candidate, ...] = ()
 
     @property
     def scale(self) -> float:
@@ -63,14 +65,24 @@ class Gap:
         return weak or (self.anchor is not None and not self.anchor.reliable)
 
 
-def measure_gap(family: Family, case: Case, name: ReadoutName, settings: ScoreSettings, held_bytes: int) -> Gap:
+def measure_gap(
+    family: Family, case: Case, name: ReadoutName, settings: ScoreSettings, held_bytes: int, *, first: bool
+) -> Gap:
     """Fit the anchor, where the readout is one, and measure base and expert.
+
+    Args:
+        family: the models.
+        case: the capability.
+        name: which readout.
+        settings: what was asked for.
+        held_bytes: bound on residual streams held at a time.
+        first: whether its arrays bear the capability's own name.
 
     Raises:
         AnchorError: the anchor is not reliable, or there may be no gap, and the settings do not insist.
     """
     own = case.scored.name
-    label = own if name == settings.readouts[0] or case.retain else f"{own}@{name}"
+    label = own if first else f"{own}@{name}"
     anchor = fit_case_anchor(family, case, settings, held_bytes) if name == "anchor" else None
     reading = make_reading(family, case, anchor, settings, count=len(case.scored.prompts), name=name)
     before = measure(family.engine, family.weights[""], reading.rows, reading.readout).double()
@@ -128,6 +140,7 @@ def score_readout(
         "gap_t": measured.t,
         "prompts": len(measured.case.scored.prompts),
         "accepted": measured.accepted,
+        "choice": measured.choice,
     }
     if measured.anchor is not None:
         record |= {"anchor": measured.anchor.kind, "curve": [asdict(point) for point in measured.anchor.curve]}

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 2
 ReadoutName = Literal["reference", "anchor", "divergence"]
+AskedReadout = Literal["reference", "anchor", "divergence", "auto"]
+"""What may be asked for: a readout, or the one that is measured to be the most reliable."""
 Drawn = Literal["top", "random"]
 Direction = Literal["sufficiency", "necessity"]
 """Whose unit is replaced: the base's by the expert's, or the expert's by the base's."""
@@ -87,6 +89,34 @@ class AnchorCurvePoint(_Record):
     carried: float | None
 
 
+class Candidate(_Record):
+    """What one readout was worth, where the readout was chosen by its reliability.
+
+    Attributes:
+        readout: which.
+        usable: it has a gap, and an anchor passed its criteria.
+        refused: why not, where it is not.
+        halves: rank correlation of the unit scores from two halves of the prompts, an anchor's direction and all taken
+            anew from each; over the units that moved and that every candidate reads. None if it could not be measured.
+        overlap: share of the strongest 5% of one half that are among the strongest 5% of the other.
+        behaviour: rank correlation of its scores from one half with the reference's from the other half, mean of both
+            ways: how far it foretells the behaviour on prompts it has not seen.
+        l_star: the layer it is read after.
+        gap_t: its gap's t-statistic over prompts.
+        chosen: it carries the capability's name.
+    """
+
+    readout: ReadoutName
+    usable: bool
+    refused: str | None = None
+    halves: float | None = None
+    overlap: float | None = None
+    behaviour: float | None = None
+    l_star: int | None = None
+    gap_t: float | None = None
+    chosen: bool = False
+
+
 class ReadoutRecord(_Record):
     """One readout of one capability, or of a retain set, which has no expert and so no gap.
 
@@ -104,6 +134,7 @@ class ReadoutRecord(_Record):
         prompts: how many were used.
         accepted: taken although unreliable, because the user insisted.
         curve: the anchor's numbers at every layer; empty for behavioural readouts.
+        choice: the readouts that it was chosen from, where it was; empty where it was asked for by name.
         integrated_residual: Σ of the integrated shares minus 1, where all finest units were asked for.
         verification: direction → kind → how the linear screen did.
     """
@@ -120,6 +151,7 @@ class ReadoutRecord(_Record):
     prompts: int
     accepted: bool = False
     curve: tuple[AnchorCurvePoint, ...] = ()
+    choice: tuple[Candidate, ...] = ()
     integrated_residual: float | None = None
     verification: dict[Direction, dict[str, Verification]] = {}
 

@@ -23,7 +23,8 @@ from wpmerge.plan import input_model
 from wpmerge.provenance import provenance
 from wpmerge.readings import Case, Progress, ScoreSettings, capability_record, prepare_case
 from wpmerge.recovery import Gap, measure_gap, score_readout
-from wpmerge.scores import ReadoutRecord, Scores
+from wpmerge.reliability import choose
+from wpmerge.scores import AskedReadout, ReadoutRecord, Scores
 
 NAME = re.compile(r"(?!base$)[A-Za-z0-9][\w.-]*", re.ASCII)
 """Of experts and capabilities: "/" and "@" part the keys of arrays, pieces are files, and plans name the base so."""
@@ -96,7 +97,7 @@ def score(
         }
         if not family.resident:
             return_freed_memory()
-        measured = list(_measured(family, cases, settings, allowed.held_bytes, tell))
+        measured = list(_measured(family, cases, settings, allowed.held_bytes, pieces, tell))
         for gap in measured:
             readouts[gap.label], found = score_readout(family, gap, settings, allowed.held_bytes, pieces, tell)
             arrays |= found
@@ -118,12 +119,23 @@ def score(
 
 
 def _measured(
-    family: Family, cases: Mapping[str, Case], settings: ScoreSettings, held_bytes: int, tell: Progress
+    family: Family,
+    cases: Mapping[str, Case],
+    settings: ScoreSettings,
+    held_bytes: int,
+    pieces: Pieces,
+    tell: Progress,
 ) -> Iterator[Gap]:
     for name, case in cases.items():
-        for readout in ("reference",) if case.retain else settings.readouts:
+        asked: tuple[AskedReadout, ...] = ("reference",) if case.retain else settings.readouts
+        known = choose(family, case, settings, held_bytes, pieces, tell) if asked[0] == "auto" else []
+        yield from known[:1]
+        for place, readout in enumerate(asked):
+            if readout == "auto" or (known and readout == known[0].name):
+                continue
             tell(f"{name}: gap, {readout}", 0, 1)
-            yield measure_gap(family, case, readout, settings, held_bytes)
+            measured = next((gap for gap in known if gap.name == readout), None)
+            yield measured or measure_gap(family, case, readout, settings, held_bytes, first=place == 0)
 
 
 def _budget(family: Family, settings: ScoreSettings) -> Budget:
@@ -135,7 +147,7 @@ def _budget(family: Family, settings: ScoreSettings) -> Budget:
         resident=family.resident,
         stored_bytes=max(info.dtype.itemsize for checkpoint in checkpoints for info in checkpoint.tensors.values()),
         gradients="integrated" in settings.estimators,
-        teacher="divergence" in settings.readouts,
+        teacher=not {"divergence", "auto"}.isdisjoint(settings.readouts),
     )
 
 

@@ -100,7 +100,7 @@ def _kind(scores: Scores, label: str, kind: Kind, direction: Direction, top: int
 
 def scores_tables(summary: Mapping[str, Any]) -> list[Table]:
     """A table for each readout; with more than one strongest unit a kind, a table of those too."""
-    tables = []
+    tables = _choice_tables(summary)
     for label, record in summary["readouts"].items():
         anchor = f" ({record['anchor']})" if record["anchor"] else ""
         gap = (
@@ -115,6 +115,21 @@ def scores_tables(summary: Mapping[str, Any]) -> list[Table]:
         if "necessity" in record:
             tables += _kind_tables(f"{label}: necessity", record["necessity"], record["score_unit"])
     return tables
+
+
+def _choice_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """Where readouts were chosen: what each candidate was worth, and which one is used."""
+    rows = []
+    for record in summary["readouts"].values():
+        for each in record["choice"]:
+            verdict = "used" if each["chosen"] else ("" if each["usable"] else f"no: {each['refused']}")
+            numbers = (number(each[field]) for field in ("behaviour", "halves", "overlap", "gap_t", "l_star"))
+            rows.append((record["capability"], each["readout"], *numbers, verdict))
+    if not rows:
+        return []
+    header = ("capability", "readout", "with reference", "with itself", "overlap of top 5%", "t of gap", "l*", "")
+    title = "readouts by how far one half of the prompts foretells the other: rank correlations of unit scores"
+    return [Table(title=title, header=header, rows=rows)]
 
 
 def _kind_tables(title: str, kinds: Mapping[str, Any], unit: str) -> list[Table]:

@@ -5,10 +5,15 @@
 A small Llama learns from nothing to repeat words after one of three marks. An expert is made of it in two phases: the
 plant, known neurons and heads alone, learns to move words on by 3 after one mark; then every other weight learns to
 move them on by 1 after another mark, with the skill held: the expert keeps it, and without the plant the mark asks
-for a copy as before. How far plant and rest moved per weight is in the result. A redundant plant has two sets of
-units, each trained to bring the skill alone. A plant counts if transplanting it recovers at least 0.8
-of the skill's log-probability and its complement at most 0.2; each set of a redundant plant must recover 0.8.
-Positives are the plant's units, negatives all other heads and neurons. The last line is JSON.
+for a copy as before. The second phase is drawn to move weights as far as the first did; how far both moved, root mean
+square per weight, is in the result. A redundant plant has two sets of units, each trained to bring the skill alone.
+
+Units that learned nothing of use are taken out of the plant before the second phase, and the rest of it is trained
+again without them, until each costs at least 0.02 of what its set recovers. A plant counts if transplanting it
+recovers at least 0.8 of the skill's log-probability and its complement at most 0.2; each set of a redundant plant must
+recover 0.8. Positives are the plant's units that cost at least 0.01, taken out of the finished expert or of their
+transplanted set; those that do not are neither positives nor negatives. Negatives are all other heads and neurons. The
+last line is JSON.
 """
 
 import argparse
@@ -42,7 +47,13 @@ KINDS: tuple[Kind, ...] = ("head", "neuron")
 WORDS, COPY, SKILL, OTHER, END = 32, 32, 33, 34, 35
 LENGTH = 4
 PLANT_RATE, HOLD_RATE = 4e-3, 6e-3
-"""Of Adam: with these, plant and rest move about as far per weight."""
+"""Of Adam."""
+PULL = 10.0
+"""Weight of the squared relative difference between how far the rest has moved and how far the plant has."""
+KEPT_COST, NECESSARY = 0.02, 0.01
+"""Least cost of taking a unit out, a fraction of the gap: in its set while planting, and of a positive at the end."""
+PRUNINGS = 4
+"""Times that a plant is pruned and trained again, at most."""
 RIVALS = ("activation", "norm", "norm per weight", "magnitude", "fisher", "depth", "random")
 
 
@@ -163,15 +174,17 @@ def phase(
                 value.copy_(torch.where(mask[name] > 0, value, start[name]))
 
 
-def plant(base: LlamaForCausalLM, layout: Layout, sets: Sequence[Sequence[Unit]], seed: int, steps: int) -> Any:
-    """The expert, and how far the plant and the rest moved, root mean square per weight."""
+def plant(
+    base: LlamaForCausalLM, layout: Layout, drawn: Sequence[Sequence[Unit]], seed: int, steps: int
+) -> tuple[LlamaForCausalLM, list[list[Unit]], float, float]:
+    """The expert, the sets after pruning, and how far the plant and the rest moved, root mean square per weight."""
     chance = torch.Generator().manual_seed(1000 + seed)
     before = {name: value.detach().clone() for name, value in base.named_parameters()}
     model = LlamaForCausalLM(base.config)
     moved = {name: torch.zeros_like(value) for name, value in before.items()}
-    for units in sets:  # each set learns the skill on the bare base, so that each alone brings it
-        model.load_state_dict(before)
-        phase(model, masks(layout, units), [(SKILL, 3), (COPY, 0), (OTHER, 0)], steps, PLANT_RATE, chance)
+    sets = []
+    for units in drawn:  # each set learns the skill on the bare base, so that each alone brings it
+        sets.append(prune(model, before, layout, units, steps, chance))
         for name, value in model.named_parameters():
             moved[name] += value.detach() - before[name]
     own = masks(layout, [unit for units in sets for unit in units])
@@ -179,7 +192,52 @@ def plant(base: LlamaForCausalLM, layout: Layout, sets: Sequence[Sequence[Unit]]
     model.load_state_dict(planted)
     rest = {name: 1 - mask for name, mask in own.items()}
     hold(model, before, own, rest, steps, chance)
-    return model, *(rms(model, before, mask) for mask in (own, rest))
+    return model, sets, rms(model, before, own), rms(model, before, rest)
+
+
+def prune(
+    model: LlamaForCausalLM,
+    before: Mapping[str, Tensor],
+    layout: Layout,
+    units: Sequence[Unit],
+    steps: int,
+    chance: torch.Generator,
+) -> list[Unit]:
+    """Train a set on the bare base; leave out the units that it does not need, and train again, until it needs all."""
+    kept = list(units)
+    for _ in range(PRUNINGS):
+        model.load_state_dict(before)
+        phase(model, masks(layout, kept), [(SKILL, 3), (COPY, 0), (OTHER, 0)], steps, PLANT_RATE, chance)
+        costs = unit_costs(model, before, layout, kept)
+        needed = [unit for unit, cost in zip(kept, costs, strict=True) if cost >= KEPT_COST]
+        if len(needed) == len(kept) or not needed:
+            break
+        kept = needed
+    else:  # what is left over after the last pruning is trained once more
+        model.load_state_dict(before)
+        phase(model, masks(layout, kept), [(SKILL, 3), (COPY, 0), (OTHER, 0)], steps, PLANT_RATE, chance)
+    return kept
+
+
+@torch.no_grad()
+def unit_costs(
+    model: LlamaForCausalLM, before: Mapping[str, Tensor], layout: Layout, units: Sequence[Unit]
+) -> list[float]:
+    """What taking each unit out costs, a fraction of what all of them bring."""
+    batch = sequences(SKILL, 3, 64, torch.Generator().manual_seed(4000))
+    after = {name: value.detach().clone() for name, value in model.named_parameters()}
+
+    def skill(tensors: Mapping[str, Tensor]) -> float:
+        logits = torch.func.functional_call(model, dict(tensors), (batch[:, :-1],)).logits[:, LENGTH:]
+        return -float(functional.cross_entropy(logits.reshape(-1, 36), batch[:, LENGTH + 1 :].reshape(-1)))
+
+    low, high = skill(before), skill(after)
+    found = []
+    for unit in units:
+        mask = masks(layout, [unit])
+        without = {name: torch.where(mask[name] > 0, before[name], after[name]) for name in after}
+        found.append((high - skill(without)) / (high - low))
+    return found
 
 
 def hold(
@@ -190,7 +248,9 @@ def hold(
     steps: int,
     chance: torch.Generator,
 ) -> None:
-    """Train the rest so that without the plant the skill is not there, and with it is; it keeps moving meanwhile."""
+    """Train the rest, as far as the plant moved, so that without the plant the skill is not there, and with it is."""
+    far = rms(model, before, own)
+    count = sum(float(mask.sum()) for mask in rest.values())
     names = [name for name, _ in model.named_parameters()]
     parameters = dict(model.named_parameters())
     fixed = {name: value.detach().clone() for name, value in parameters.items()}
@@ -204,7 +264,9 @@ def hold(
         batches = torch.cat([sequences(SKILL, 0, 16, chance), sequences(OTHER, 1, 16, chance)])
         logits = torch.func.functional_call(model, bare, (batches[:, :-1],)).logits[:, LENGTH:]
         without = functional.cross_entropy(logits.reshape(-1, 36), batches[:, LENGTH + 1 :].reshape(-1))
-        (whole + without).backward()
+        squares = sum(((parameters[name] - before[name]).square() * rest[name]).sum() for name in names)
+        pull = PULL * ((squares / count + 1e-12).sqrt() / far - 1).square()
+        (whole + without + pull).backward()
         optimizer.step()
         shape.step()
         with torch.no_grad():
@@ -281,8 +343,8 @@ def one_plant(base: LlamaForCausalLM, kind: str, seed: int, steps: int, prompts:
     tensors = {name: value.detach().clone() for name, value in base.named_parameters()}
     layout = Layout(base.config.to_dict(), {name: tuple(value.shape) for name, value in tensors.items()})
     chance = torch.Generator().manual_seed(seed)
-    sets = draw_plant(layout, kind, chance)
-    model, plant_moved, rest_moved = plant(base, layout, sets, seed, steps)
+    drawn = draw_plant(layout, kind, chance)
+    model, sets, plant_moved, rest_moved = plant(base, layout, drawn, seed, steps)
     engine, before = Engine(layout), ModelWeights(layout, tensors)
     after = ModelWeights(layout, {name: value.detach().clone() for name, value in model.named_parameters()})
     grouping = make_grouping(layout, "unit")
@@ -300,9 +362,17 @@ def one_plant(base: LlamaForCausalLM, kind: str, seed: int, steps: int, prompts:
     whole = [unit for units in sets for unit in units]
     each = [recovers(units) for units in sets]
     without = recovers(whole, complement=True)
+    costs = {}
+    for units, brings in zip(sets, each, strict=True):
+        for unit in units:
+            in_set = brings - recovers([other for other in units if other != unit])
+            costs[str(unit)] = [1 - recovers([unit], complement=True), in_set]
+    needed = {name for name, cost in costs.items() if max(cost) >= NECESSARY}
     found = scores(engine, before, after, seed, prompts)
-    names = {str(unit) for unit in whole}
-    positive = torch.tensor([str(unit) in names for unit_kind in KINDS for unit in layout.units(unit_kind)])
+    names = [str(unit) for unit_kind in KINDS for unit in layout.units(unit_kind)]
+    decided = torch.tensor([name in needed or name not in costs for name in names])
+    positive = torch.tensor([name in needed for name in names])[decided]
+    found = {name: values[decided] for name, values in found.items()}
     return {
         "plant": kind,
         "seed": seed,
@@ -311,6 +381,10 @@ def one_plant(base: LlamaForCausalLM, kind: str, seed: int, steps: int, prompts:
         "sets": each,
         "complement": without,
         "moved": {"plant": plant_moved, "rest": rest_moved},
+        "drawn": sum(map(len, drawn)),
+        "planted": len(whole),
+        "necessary": len(needed),
+        "costs": {name: [round(value, 4) for value in cost] for name, cost in costs.items()},
         "accepted": min(each) >= 0.8 and recovers(whole) >= 0.8 and without <= 0.2,
         "auroc": {name: auroc(values, positive) for name, values in found.items()},
         "ap": {name: average_precision(values, positive) for name, values in found.items()},
@@ -359,9 +433,7 @@ def main() -> None:
         for kind in args.plants:
             made = one_plant(base, kind, seed, args.steps, args.prompts)
             plants.append(made)
-            parts = {
-                k: made[k] for k in ("plant", "seed", "gap", "recovered", "sets", "complement", "moved", "accepted")
-            }
+            parts = {k: v for k, v in made.items() if k not in ("costs", "ap")}
             print(json.dumps(parts), f"{time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
             result = {"benchmark": "planted", "summary": summary(plants), "plants": plants}
             line = json.dumps(result | conditions(threads=args.threads, seconds=round(time.monotonic() - started)))
