@@ -172,6 +172,9 @@ def keep(result: BenchResult, out: Path, *, resumable: bool) -> str:
     if resumable:
         for folder in (result.out.parent / "scores", result.out / "replies"):
             shutil.copytree(folder, out / folder.name, dirs_exist_ok=True)
+        named = out / "scores" / "scores.json"  # models as seen from the repository's root, where benchmarks are run
+        text = named.read_text(encoding="utf-8").replace(f"{ROOT}/", "").replace(f"{ROOT.parent}/", "../")
+        named.write_text(text, encoding="utf-8")
     text = "\n\n".join(markdown(cell_table(cell)) for cell in result.cells) + "\n"
     (out / "table.md").write_text(text, encoding="utf-8")
     return text
