@@ -1,5 +1,6 @@
 """The numbers behind one coefficient, in one sentence. Pure functions."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -114,7 +115,7 @@ def _proportional(outcome: RuleOutcome, number: int, group: int, scale: float) -
 
 def _selected(outcome: RuleOutcome, number: int, group: int, scale: float) -> str:
     settings = outcome.settings
-    if float(outcome.values[number, group]) == min(scale, settings.max_coefficient):
+    if _same(float(outcome.values[number, group]), min(scale, settings.max_coefficient)):
         text, found = "among the selected, so the scale", scale
     else:
         text, found = (
@@ -169,7 +170,12 @@ def _clipped(outcome: RuleOutcome, value: float) -> str:
 
 def _bounded(outcome: RuleOutcome, value: float) -> str:
     highest = outcome.settings.max_coefficient
-    return f", clipped to {value:.4g}" if value in (0.0, highest) else ", not clipped"
+    return f", clipped to {value:.4g}" if value == 0.0 or _same(value, highest) else ", not clipped"
+
+
+def _same(value: float, other: float) -> bool:
+    """Equal as far as a plan can say, which keeps float32."""
+    return math.isclose(value, other, rel_tol=1e-6)
 
 
 def _scores(outcome: RuleOutcome, number: int, group: int, expert: str) -> str:
