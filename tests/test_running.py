@@ -147,7 +147,7 @@ def test_other_prompts_and_other_documents_are_noticed(home: Path, out: Path, tm
     (tmp_path / "local.jsonl").write_text((home / "local.jsonl").read_text() * 2)
     changed = judging.model_copy(update={"task_data": {"local": str(tmp_path / "local.jsonl")}})
     said = refusal(home, out, evaluation=changed.model_dump())
-    assert "documents.local: local.jsonl differs" in said and "scores" not in said
+    assert "documents.local: evaluated differs" in said and "scores" not in said
 
 
 def test_a_model_that_changed_is_noticed_and_one_that_moved_is_not(home: Path, out: Path, tmp_path: Path) -> None:
@@ -167,6 +167,50 @@ def test_a_file_of_the_users_is_never_replaced(home: Path, out: Path) -> None:
     (out / "merged" / "notes.txt").unlink()
     (out / "merged" / "README.md").write_text("my own card")
     assert "README.md" in refusal(home, out, overwrite=True, rule=rule)
+
+
+def test_a_file_of_the_users_outlives_two_interrupts(home: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = {"name": "proportional", "scale": 0.25}
+    monkeypatch.setattr(running.api, "fuse", _interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            carry_out(home, out, overwrite=True, rule=rule)
+    monkeypatch.undo()
+    (out / "merged" / "notes.txt").write_text("mine")
+    assert "notes.txt" in refusal(home, out, overwrite=True, rule=rule)
+    assert "rule.scale is 0.25, was 0.5" in refusal(home, out, rule=rule)
+    (out / "merged" / "notes.txt").unlink()
+    redone = {"score": True, "fuse": False, "eval": False, "report": False}
+    assert carry_out(home, out, overwrite=True, rule=rule) == redone
+
+
+def _interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_evaluation_more_is_no_other_run(home: Path, out: Path) -> None:
+    """The report, which is soon made again, shows it."""
+    judging = recipe_of(home).evaluation
+    assert judging is not None
+    done = carry_out(home, out, overwrite=True, evaluation=None)
+    assert done == {"score": True, "fuse": True, "report": False}
+    shutil.rmtree(out / "evaluation")
+    done = carry_out(home, out, evaluation=judging.model_dump())
+    assert done == {"score": True, "fuse": True, "eval": False, "report": False}
+
+
+def test_documents_of_one_name_are_told_apart(home: Path, tmp_path: Path) -> None:
+    files = {}
+    for split in ("evaluated", "train"):
+        (tmp_path / split).mkdir()
+        files[split] = str(shutil.copy(home / "local.jsonl", tmp_path / split))
+    judging = recipe_of(home).evaluation
+    assert judging is not None
+    judging = judging.model_copy(update={"task_data": {"local": files}})
+    before = running._document_hashes(judging)
+    Path(files["evaluated"]).write_text("{}\n")
+    after = running._document_hashes(judging)
+    assert [name for name in before if before[name] != after[name]] == ["local: evaluated"]
 
 
 def test_what_this_run_did_not_make_is_in_the_way(home: Path, out: Path, tmp_path: Path) -> None:
@@ -223,6 +267,10 @@ def test_bad_input_is_refused_before_a_model_is_opened(home: Path, tmp_path: Pat
         ({"capabilities": {"a": "maths", "b": "math"}}, "there is no such capability"),
         ({"evaluation": judging}, "evaluation.task_data.local is no file"),
         ({"evaluation": {"skill": {"c": "x/y"}}}, "evaluation.skill names no expert"),
+        ({"evaluation": {"batch_size": "banana"}}, "batch"),
+        ({"rule": {"name": "select", "density": 5}}, "density is out of range"),
+        ({"rule": {"scale": {"zzz": 1.0}}}, "names an unknown expert"),
+        ({"rule": {"name": "joint"}, "scoring": QUICK | {"cross": False}}, "needs cross effects"),
         ({"retain": {"a": "math"}}, "a retain set has the name of an expert"),
     ):
         assert said in refusal(home, tmp_path / "out", **more), said

@@ -23,7 +23,7 @@ from wpmerge.inmemory import models_to_evaluate
 from wpmerge.merging import MergeSummary, merge_plan, merge_recipe
 from wpmerge.plan import Granularity, Operator
 from wpmerge.readings import ScoreSettings
-from wpmerge.scores import DIRECTIONS, ReadoutName, Scores
+from wpmerge.scores import DIRECTIONS, AskedReadout, Scores
 from wpmerge.scoring import score as run_scoring
 
 Place = str | Path
@@ -107,7 +107,7 @@ def score(
       ...
     """
     settings = ScoreSettings(
-        readouts=options.all_of("readout", readout, get_args(ReadoutName)),
+        readouts=options.all_of("readout", readout, get_args(AskedReadout)),
         prompts=prompts,
         held_out=held_out,
         reference_tokens=reference_tokens,
@@ -216,11 +216,10 @@ def fuse(
     Raises:
         WpmergeError: scores, models, settings or output cannot be used; nothing is written under ``out`` then.
     """
-    levels = get_args(Granularity)
-    settings = FuseSettings(
-        rule=options.one_of("rule", rule, RULES),
-        granularity=None if granularity is None else options.one_of("granularity", granularity, levels),
-        scales={} if scale is None else dict(scale) if isinstance(scale, Mapping) else {"": float(scale)},
+    settings, operator = fuse_settings(
+        rule=rule,
+        granularity=granularity,
+        scale=scale,
         power=power,
         density=density,
         floor=floor,
@@ -233,6 +232,8 @@ def fuse(
         max_coefficient=max_coefficient,
         evaluations=evaluations,
         seed=seed,
+        method=method,
+        method_density=method_density,
     )
     return run_fusion(
         Path(scores),
@@ -240,7 +241,7 @@ def fuse(
         settings=settings,
         models=_texts(model),
         explanations=tuple(explain or ()),
-        operator=Operator(method=options.one_of("method", method, METHODS), density=method_density, seed=seed),
+        operator=operator,
         plan_only=plan_only,
         exact_recipe=None if exact_recipe is None else Path(exact_recipe),
         allow_nan=allow_nan,
@@ -253,6 +254,33 @@ def fuse(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
+
+
+def fuse_settings(
+    *,
+    rule: str,
+    granularity: str | None,
+    scale: float | Mapping[str, float] | None,
+    seed: int,
+    method: str,
+    method_density: float,
+    **numbers: Any,
+) -> tuple[FuseSettings, Operator]:
+    """What :func:`fuse` is asked for, checked; ``numbers`` are further fields of ``FuseSettings``.
+
+    Raises:
+        RecipeError: a value that there is none of, or a number out of its range.
+    """
+    levels = get_args(Granularity)
+    settings = FuseSettings(
+        rule=options.one_of("rule", rule, RULES),
+        granularity=None if granularity is None else options.one_of("granularity", granularity, levels),
+        scales={} if scale is None else dict(scale) if isinstance(scale, Mapping) else {"": float(scale)},
+        seed=seed,
+        **numbers,
+    )
+    _ = settings.rule_settings, settings.refine_settings  # these know the ranges of their numbers
+    return settings, Operator(method=options.one_of("method", method, METHODS), density=method_density, seed=seed)
 
 
 def merge(
@@ -398,11 +426,8 @@ def evaluate(
     return run_evaluation(
         found,
         out=None if out is None else Path(out),
-        tasks=tuple(tasks),
-        task_data={
-            task: {split: Path(file) for split, file in files.items()} if isinstance(files, Mapping) else Path(files)
-            for task, files in (task_data or {}).items()
-        },
+        tasks=task_names(tasks),
+        task_data=task_files(task_data or {}),
         reference=reference,
         base=base,
         skills={name: Skill(expert=name, metric=metric) for name, metric in skills.items()},
@@ -411,6 +436,19 @@ def evaluate(
         progress=progress,
         say=say,
     )
+
+
+def task_names(tasks: Sequence[str]) -> tuple[str, ...]:
+    """Tasks one by one; a text may hold several, with commas between."""
+    return tuple(part for task in tasks for part in task.split(",") if part)
+
+
+def task_files(task_data: Mapping[str, Place | Mapping[str, Place]]) -> dict[str, Path | dict[str, Path]]:
+    """Task → its file, or a file per split."""
+    return {
+        task: {split: Path(file) for split, file in files.items()} if isinstance(files, Mapping) else Path(files)
+        for task, files in task_data.items()
+    }
 
 
 def _texts(places: Mapping[str, Place] | None) -> dict[str, str]:

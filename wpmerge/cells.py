@@ -131,7 +131,7 @@ def cells(scores: Scores, kind: Kind, maps: Sequence[Panel]) -> list[dict[str, A
         width = cell_width(scores, kind)
         # a retain set's units are verified for every expert, under the same names; a capability's for its own
         exact = known_exactly(record, kind) if panel.own else {}
-        error = largest_error(record, kind)
+        error = largest_error(record, kind) if panel.own else None
         ranks = rank_by_size(values)
         for layer, row in enumerate(strongest(values, width).tolist()):
             for place, index in enumerate(row):

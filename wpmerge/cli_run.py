@@ -153,6 +153,11 @@ def dry_summary(run: "Run", recipe: Path) -> dict[str, Any]:
         "memory_bytes": whole.memory,
         "written_bytes": whole.written,
         "about_seconds": whole.seconds,
+        "about_seconds_without": [
+            stage.name
+            for stage in stages
+            if states[stage.name] != "done" and (stage.name not in needs or needs[stage.name].seconds is None)
+        ],
         "device": run.recipe.device,
         "seconds_are_of": forecast.HARDWARE,
     }
@@ -221,6 +226,8 @@ def _time_on(summary: dict[str, Any]) -> str:
     said = _time(summary["about_seconds"])
     if summary["about_seconds"] is None:
         return said
+    if without := summary["about_seconds_without"]:
+        said += f", and {', '.join(without)}, which takes an unknown time,"
     elsewhere = (
         "" if summary["device"] == "cpu" else f"; {summary['device']} was not measured, and should be far quicker"
     )

@@ -186,7 +186,7 @@ def _memory(work: Workload, models: int) -> int:
         resident=not work.recipe.stream,
         stored_bytes=work.stored,
         gradients="integrated" in settings.estimator,
-        teacher="divergence" in settings.readout,
+        teacher=not {"divergence", "auto"}.isdisjoint(settings.readout),
     )
     return resident_bytes() + least + min(HELD_BYTES, resident_weights(work.layout, 1))
 

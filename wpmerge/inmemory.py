@@ -16,6 +16,7 @@ from wpmerge.loading import refuse_unfit
 from wpmerge.merging import check_inputs, merged_state_dict, open_inputs
 from wpmerge.models import load_tokenizer
 from wpmerge.plan import BASE, load_plan
+from wpmerge.vocabulary import match_vocabulary
 
 
 def models_to_evaluate(
@@ -74,7 +75,8 @@ def _plan_loader(
     """Checks the plan and its inputs now, merges when called."""
     plan = load_plan(directory)
     own = {name: path for name, path in inputs.items() if name in (BASE, *plan.experts)}
-    checkpoints = open_inputs(plan, own, trust_remote_code=trust_remote_code)
+    opened = open_inputs(plan, own, trust_remote_code=trust_remote_code)
+    checkpoints = match_vocabulary(opened, BASE, "base")  # where scoring cut a larger one, so does the plan
     check_inputs(plan, checkpoints)
     return lambda: load_model(checkpoints[BASE], merged_state_dict(plan, checkpoints), settings)
 

@@ -151,12 +151,17 @@ def output_directory(
 
 def write_file(path: Path, data: bytes | str) -> None:
     """Write a file in one piece, on disk when this returns, with the permissions that the user's umask gives."""
-    partial = path.with_name(f"{path.name}.part")
-    with partial.open("wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+    partial = path.with_name(f".{path.name}.wpmerge.part")
+    try:
+        with partial.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def sync_directory(path: Path) -> None:

@@ -257,7 +257,10 @@ def write_report(
             for figure in figures:
                 write_file(staging / f"{figure.name}.png", png_of(figure))
     if out is not None and text is not None:
-        write_file(out, text)
+        try:
+            write_file(out, text)
+        except OSError as error:
+            raise OutputError("the report cannot be written", where=out, got=error.strerror) from None
     return {
         "out": None if out is None else str(out),
         "bytes": None if text is None else len(text),

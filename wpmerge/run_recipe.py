@@ -17,6 +17,7 @@ from wpmerge.arch import Kind
 from wpmerge.errors import RecipeError
 from wpmerge.options import byte_size
 from wpmerge.plan import describe
+from wpmerge.scores import AskedReadout
 from wpmerge.yaml_recipe import UniqueKeys
 
 RuleName = Literal["refine", "scaled", "uniform", "proportional", "select", "joint"]
@@ -37,7 +38,7 @@ class _Section(BaseModel):
 class Scoring(_Section):
     """How units are scored: the options of ``wpmerge score``."""
 
-    readout: Annotated[list[Literal["reference", "anchor", "divergence"]], BeforeValidator(_as_list)] = [
+    readout: Annotated[list[AskedReadout], BeforeValidator(_as_list)] = [
         "reference",
         "anchor",
     ]

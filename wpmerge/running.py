@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from wpmerge import api
+from wpmerge import api, options
 from wpmerge.capability import Capability, load_capability
 from wpmerge.console import Report, finite
 from wpmerge.directory import locate, read_json
@@ -26,10 +26,12 @@ from wpmerge.plan import BASE
 from wpmerge.provenance import versions
 from wpmerge.report import write_report
 from wpmerge.report_inputs import read_material
+from wpmerge.rules import given_scales
 from wpmerge.run_recipe import EVALUATED, MERGED, Judging, RunRecipe, settings_of
 from wpmerge.scoring import check_names
 from wpmerge.sources import Source, find_source, identity
 from wpmerge.taskdata import file_hash
+from wpmerge.tasks import load_tasks
 
 RECORD = "run.json"
 PAGE = "report.html"
@@ -120,6 +122,7 @@ def prepare(
     own = {name: load_capability(name, spec) for name, spec in recipe.capabilities.items()}
     retained = {name: load_capability(name, spec) for name, spec in recipe.retain.items()}
     check_names(recipe.experts, own, retained)
+    _check_rule(recipe)
     if recipe.evaluation is not None:
         _check_judging(recipe.evaluation, recipe)
     directory = (out or Path(recipe.output.directory).expanduser()).absolute()
@@ -223,10 +226,12 @@ def carry_out(run: Run, *, overwrite: bool = False) -> list[Finished]:
         record = read_record(run.out)
         states = {stage.name: state_of(stage, record) for stage in stages}
         changed = [stage for stage in stages if states[stage.name] == "changed"]
-        if changed and not overwrite:
-            raise _refusal(changed, record)
+        if any(stage.name != "report" for stage in changed) and not overwrite:  # a report is soon made again
+            raise _refusal([stage for stage in changed if stage.name != "report"], record)
         for stage in changed:
             _check_own(stage, record)
+        if (judging := run.recipe.evaluation) is not None and states["eval"] != "done":
+            _check_tasks(judging, run.unsafe_code)
         finished = []
         for stage in stages:
             before = states[stage.name] == "done"
@@ -244,7 +249,8 @@ def _do(stage: Stage, run: Run, record: dict[str, Any], *, again: bool) -> float
     replaced = stage.output.stat().st_ino if again else None
     before = record["stages"].get(stage.name)
     began = {"key": stage.key, "settings": stage.settings, "replaces": replaced, "files": None}
-    record["stages"][stage.name] = began | ({"replaced": before} if again and before else {})
+    there = (before or {}).get("replaced") or before  # what lies there, not a replacement that never ended
+    record["stages"][stage.name] = began | ({"replaced": there} if again and there else {})
     _write(run, record)
     started = time.monotonic()
     try:
@@ -314,14 +320,19 @@ def _evaluate(run: Run, judging: Judging, overwrite: bool) -> object:
         overwrite=overwrite,
         trust_remote_code=run.trust_remote_code,
         progress=tell,
-        task_data={
-            task: {"" if split == EVALUATED else split: file for split, file in files.items()}
-            if isinstance(files, dict)
-            else files
-            for task, files in judging.task_data.items()
-        },
+        task_data=_task_data(judging),
         **settings_of(judging, "task_data"),
     )
+
+
+def _task_data(judging: Judging) -> dict[str, str | dict[str, str]]:
+    """Task → its file, or a file per split, as ``wpmerge eval`` takes them."""
+    return {
+        task: {"" if split == EVALUATED else split: file for split, file in files.items()}
+        if isinstance(files, dict)
+        else files
+        for task, files in judging.task_data.items()
+    }
 
 
 def _report(run: Run, overwrite: bool) -> object:
@@ -357,7 +368,10 @@ def read_record(out: Path) -> dict[str, Any]:
 def _write(run: Run, record: dict[str, Any]) -> None:
     head = {"kind": "run", "schema_version": SCHEMA, "versions": versions(), "recipe": run.recipe.model_dump()}
     whole = finite({**head, "stages": record["stages"]})
-    write_file(run.out / RECORD, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    try:
+        write_file(run.out / RECORD, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise OutputError("the record of a run cannot be written", where=run.out, got=error.strerror) from None
 
 
 def _refusal(changed: list[Stage], record: Mapping[str, Any]) -> OutputError:
@@ -430,23 +444,38 @@ def _check_directory(out: Path) -> None:
         )
 
 
+def _check_rule(recipe: RunRecipe) -> None:
+    """Refuse a rule or scales that cannot be meant, before hours of scoring."""
+    settings, _ = api.fuse_settings(rule=recipe.rule.name, **settings_of(recipe.rule, "name"))
+    given_scales(settings, tuple(recipe.experts))
+    if settings.rule == "joint" and not recipe.scoring.cross:
+        raise RecipeError("rule joint needs cross effects", got="scoring.cross: false", mend="leave it out")
+
+
 def _check_judging(judging: Judging, recipe: RunRecipe) -> None:
     """Refuse what no evaluation can be made of, before hours of scoring."""
     if unknown := [name for name in judging.skill if name not in recipe.experts]:
         raise RecipeError("evaluation.skill names no expert", got=unknown[0], expected=", ".join(recipe.experts))
-    for task, file in _document_files(judging):
+    options.batch_size(str(judging.batch_size))
+    for task, _, file in _document_files(judging):
         if not file.is_file():
             raise RecipeError(f"evaluation.task_data.{task} is no file", where=file, mend="check the path")
 
 
-def _document_files(judging: Judging) -> Iterator[tuple[str, Path]]:
+def _check_tasks(judging: Judging, unsafe_code: bool) -> None:
+    """Refuse tasks that there are none of, and whose documents are not to be had, before hours of scoring."""
+    load_tasks(api.task_names(judging.tasks), task_data=api.task_files(_task_data(judging)), unsafe_code=unsafe_code)
+
+
+def _document_files(judging: Judging) -> Iterator[tuple[str, str, Path]]:
+    """Task, split, file."""
     for task, files in judging.task_data.items():
-        for file in files.values() if isinstance(files, dict) else [files]:
-            yield task, Path(file)
+        for split, file in files.items() if isinstance(files, dict) else [(EVALUATED, files)]:
+            yield task, split, Path(file)
 
 
 def _document_hashes(judging: Judging) -> dict[str, str]:
-    return {f"{task}: {file.name}": file_hash(file) for task, file in _document_files(judging)}
+    return {f"{task}: {split}": file_hash(file) for task, split, file in _document_files(judging)}
 
 
 @contextmanager
