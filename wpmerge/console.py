@@ -83,6 +83,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}g}"
 
 
+def fixed(value: float | None, digits: int = 2) -> str:
+    """A number with so many places after the point; a dash where there is none."""
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
 def say(message: str) -> None:
     """A sentence for a person, on stderr."""
     print(message, file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ from typing import Any
 import altair as alt
 
 from wpmerge.cells import Z95, rounded
+from wpmerge.console import fixed
 from wpmerge.figures import PALETTE, PLURALS, Figure, finish, own_data, rows, ticks
 from wpmerge.scores import Scores
 
@@ -111,9 +112,8 @@ def screen_scatter(
             check = record.verification.get("sufficiency", {}).get(kind)
             if record.readout != readout or record.gap is None or check is None or len(check.units) < 3:
                 continue
-            random = "" if check.spearman_random is None else f", of the random draw {check.spearman_random:.2f}"
-            ranked = "none" if check.spearman is None else f"{check.spearman:.2f}"
-            panel = f"{label}: {PLURALS.get(kind, kind)}\nSpearman {ranked}{random}"
+            random = "" if check.spearman_random is None else f", of the random draw {fixed(check.spearman_random)}"
+            panel = f"{label}: {PLURALS.get(kind, kind)}\nSpearman {fixed(check.spearman)}{random}"
             order.append(panel)
             for each in check.units:
                 found.append(
@@ -144,7 +144,11 @@ def screen_scatter(
         color=alt.Color("drawn:N", scale=alt.Scale(domain=drawn, range=[PALETTE[0], PALETTE[5]]), legend=legend),
         tooltip=tips,
     )
-    bars = points.mark_rule(strokeWidth=1, opacity=0.7).encode(y=alt.Y("low:Q", title=EXACT), y2="high:Q")
+    bars = (
+        points.transform_filter("isValid(datum.low)")
+        .mark_rule(strokeWidth=1, opacity=0.7)
+        .encode(y=alt.Y("low:Q", title=EXACT), y2="high:Q")
+    )
     same = points.mark_line(color="{soft}", strokeDash=[4, 3], strokeWidth=1).encode(y=alt.Y("screen:Q", title=EXACT))
     header = alt.Header(
         title=None, labelExpr="split(datum.label, '\\n')", labelLineHeight=15, labelAlign="left", labelAnchor="start"

@@ -61,6 +61,7 @@ def _intervals(models: Sequence[str], panels: Sequence[str], looks: Mapping[str,
     legend = alt.Legend(title=None, orient="top")
     bars = (
         rows()
+        .transform_filter("isValid(datum.low)")
         .mark_rule(strokeWidth=2)
         .encode(
             x=alt.X("low:Q", title=RETENTION, scale=alt.Scale(padding=7)),

@@ -4,7 +4,7 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from wpmerge.console import Table, number
+from wpmerge.console import Table, fixed, number
 from wpmerge.plan import InputModel
 from wpmerge.proof import proof_tables
 from wpmerge.report_inputs import Material
@@ -33,7 +33,7 @@ def overview(material: Material) -> str:
         record = scores.readouts[label]
         gap = "retain set" if record.gap is None else f"{number(record.gap)} {GAP_UNITS[record.readout]}"
         ranks = [
-            f"{kind} {each['spearman']:.2f}"
+            f"{kind} {fixed(each['spearman'])}"
             for kind, each in entry["kinds"].items()
             if each["spearman"] is not None and kind in ("head", "neuron", "kv_group")
         ]
