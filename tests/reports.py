@@ -191,7 +191,10 @@ def made_proof(scores: Scores, *, ranged: bool = True) -> dict[str, Any]:
     proof = {
         "shares": [0.1, 0.5],
         "readouts": {"reference": {"n": 4, "transplant": curve(1.0), "revert": curve(-1.0)}},
-        "stability": {"halves": 0.9, "overlap": 0.8, "stored": 0.95},
+        "stability": {
+            **{"halves": 0.9, "halves_interval": [0.8, 0.95], "overlap": 0.8, "bootstrap": [0.7, 0.9], "stored": 0.95},
+            **dict.fromkeys(("paraphrases", "seeds", "layers")),
+        },
         "roles": {"l_star": 1, "prompts": 4, "high": 5.0, "carried": 0.5, "units": counts},
     }
     provenance = {"settings": {"shares": [0.1, 0.5], "randoms": 2, "roles": True}, "versions": {"torch": "2"}}

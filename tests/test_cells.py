@@ -65,6 +65,8 @@ def test_cells_of_maps():
     assert own["b", "a", "head.0.1"]["exact"] is None and own["b", "a", "head.0.1"]["sure"] == "estimated"
     cell = own["b", "a", "head.2.3"]
     assert cell["value"] == rounded(float(scores.arrays["linear/a/b/head"][2, 3]))
+    assert (cell["low"], cell["high"]) == (None, None), "another expert's units were not verified on this readout"
+    cell = own["a", "a", "head.2.3"]
     assert cell["high"] - cell["low"] == pytest.approx(0.06, abs=1e-4)
     marked = [each for each in found if each["expert"] == each["read"] == "a" and each["mark"]]
     assert len(marked) == 5 and all((each["mark"] == "▲") is (each["value"] > 0) for each in marked)

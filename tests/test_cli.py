@@ -189,6 +189,7 @@ def test_every_setting_of_score_arrives(home: Path, tmp_path: Path) -> None:
     options = (
         "--readout anchor --kind head --kind norm --no-cross --estimator integrated "
         "--integrated-points 1 --direction necessity --layer 1 --accept-anchor --seed 5 --tokens-per-row 64 --stream "
+        "--vocab base "
         f"--top-k 0 --random-sample 0 --retain plain={home / 'a.jsonl'} --max-memory 20GB"
     )
     result = succeed(*score_command(home, tmp_path / "s"), *options.split())
@@ -210,6 +211,7 @@ def test_every_setting_of_score_arrives(home: Path, tmp_path: Path) -> None:
         "layer": 1,
         "accept_anchor": True,
         "tokens_per_row": 64,
+        "vocab": "base",
         "seed": 5,
     }
     assert "a: anchor (pair), l* 1, gap" in result.stdout and "residual-stream units" in result.stdout
@@ -461,6 +463,8 @@ def test_a_message_says_what_where_and_how_to_mend(tmp_path: Path) -> None:
 INTERRUPTED = """
 import os, signal, sys
 from wpmerge.cli import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start without it
 
 class Interrupting:  # the signal comes at a known moment, however busy the machine is
     def __init__(self, inner): self.inner = inner

