@@ -1,7 +1,5 @@
-"""The demo as a user runs it: one whole run without a network, a short second one, and what is refused."""
+"""The demo as a user runs it: one whole run without a network, the next one's name, and what is refused."""
 
-import json
-import shutil
 import socket
 import traceback
 from collections.abc import Iterator
@@ -15,7 +13,6 @@ import wpmerge.demo
 from wpmerge.demo import DemoResult, expert_instructions, family_path, run_demo
 from wpmerge.errors import OutputError
 from wpmerge.plan import load_plan
-from wpmerge.readings import ScoreSettings
 from wpmerge.scores import load_scores
 
 INSTRUCTIONS = {
@@ -35,7 +32,13 @@ def calls() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory, calls: list[str]) -> Iterator[DemoResult]:
+def steps() -> list[str]:
+    """What the run said that it was doing."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory, calls: list[str], steps: list[str]) -> Iterator[DemoResult]:
     def refuse(*arguments: Any, **_: Any) -> None:
         calls.append(f"{arguments}\n{''.join(traceback.format_stack(limit=30))}")
         raise OSError("there is no network")
@@ -45,7 +48,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory, calls: list[str]) -> Iterator
             patch.setattr(socket.socket, name, refuse)
         patch.setattr(socket, "getaddrinfo", refuse)
         patch.chdir(tmp_path_factory.mktemp("demo"))
-        yield run_demo()
+        yield run_demo(progress=lambda what, done, total: steps.append(what))
 
 
 @pytest.fixture(scope="module")
@@ -122,29 +125,14 @@ def test_every_artifact_is_on_disk_and_can_be_read_again(demo: DemoResult) -> No
     assert (demo.out / "evaluation" / "evaluation.json").is_file()
 
 
-def test_a_second_run_takes_the_next_free_name(
-    demo: DemoResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same code on fewer prompts, where the first run's output lies."""
-    short = tmp_path / "family"
-    shutil.copytree(family_path(), short)
-    lines = (short / "eval.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    kept: dict[str, str] = {}
-    for line in lines:
-        kept.setdefault(json.loads(line)["instruction_id_list"][0], line)
-    (short / "eval.jsonl").write_text("".join(kept.values()), encoding="utf-8")
-    monkeypatch.setattr(wpmerge.demo, "family_path", lambda: short)
-    monkeypatch.setattr(
-        wpmerge.demo, "SCORE", ScoreSettings(prompts=8, held_out=4, top=1, sample=1, accept_anchor=True)
-    )
-    monkeypatch.setattr(wpmerge.demo, "EVALUATIONS", 2)
-    monkeypatch.setattr(wpmerge.demo, "MAX_GEN_TOKENS", 8)
+def test_a_second_run_takes_the_next_free_name(demo: DemoResult, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(demo.out.resolve().parent)
-    seen: list[tuple[str, int, int]] = []
-    again = run_demo(progress=lambda *step: seen.append(step))
-    assert (demo.out.name, again.out.name) == ("wpmerge-demo", "wpmerge-demo-2")
-    assert [row[0] for row in again.table] == MODELS
-    assert {"opening models", "choosing scales", "writing"} < {what for what, _, _ in seen}
+    assert demo.out.name == "wpmerge-demo"
+    assert wpmerge.demo._free_name(Path("wpmerge-demo")).name == "wpmerge-demo-2"
+
+
+def test_progress_says_what_is_done(demo: DemoResult, steps: list[str]) -> None:
+    assert {"opening models", "choosing scales", "writing", "report"} < set(steps)
     assert any(what.startswith("evaluating fused") for what, _, _ in seen)
 
 
