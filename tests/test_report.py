@@ -13,7 +13,6 @@ from wpmerge.console import print_table
 from wpmerge.errors import WpmergeError
 from wpmerge.evaluation import to_json
 from wpmerge.inspecting import inspect, inspection_tables
-from wpmerge.lookup import lookup
 from wpmerge.plan import Plan
 from wpmerge.proof import load_proof
 from wpmerge.report import LARGEST, in_script, json_in_page, page, report_tables, sections, write_report
@@ -191,8 +190,6 @@ def test_large_models_stay_below_the_limit():
     material = replace(
         material, paths={name: Path(name) for name in ("scores", "plan", "evaluation", "proof", "bench")}
     )
-    made = sections(material)
-    assert len(page(material, made, Path("report.html")).encode()) < LARGEST
-    drawn = {f.name: f.rows for section in made for f in section.figures if f.name.startswith("scores-")}
-    found = lookup(material, ["head", "neuron"], drawn)
-    assert [each["whole"] for each in found["kinds"]] == [True, False]
+    text = page(material, sections(material), Path("report.html"))
+    assert len(text.encode()) < LARGEST
+    assert [each["whole"] for each in data_of(text)["lookup"]["kinds"]][:2] == [True, False]

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,7 @@ def vega_lite_version() -> str:
     return "_".join(alt.SCHEMA_VERSION.split(".")[:2])
 
 
+@cache
 def _vega() -> str:
     """Vega, Vega-Lite and vega-embed as one script."""
     found: str = vl_convert.javascript_bundle(GLOBALS, vl_version=vega_lite_version())
