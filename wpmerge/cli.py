@@ -192,38 +192,36 @@ def score(
     estimators = options.all_of("--estimator", ["linear", *estimator], ESTIMATORS)
     directions = options.all_of("--direction", ["sufficiency", *direction], DIRECTIONS)
     whose = None if vocab is None else options.one_of("--vocab", vocab, VOCABULARIES)
-    from wpmerge import readings, scoring, summaries
+    memory = None if max_memory is None else options.byte_size("--max-memory", max_memory)
+    from wpmerge import api, summaries
 
-    settings = readings.ScoreSettings(
-        readouts=readouts,
-        prompts=prompts,
-        held_out=held_out,
-        reference_tokens=reference_tokens,
-        top=top_k,
-        sample=random_sample,
-        verify_prompts=verify_prompts,
-        kinds=kinds,
-        cross=cross,
-        estimators=estimators,
-        directions=directions,
-        max_memory=None if max_memory is None else options.byte_size("--max-memory", max_memory),
-        integrated_points=integrated_points,
-        layer=layer,
-        accept_anchor=accept_anchor,
-        tokens_per_row=tokens_per_row,
-        seed=seed,
-        vocab=whose,
-    )
     with console.reporting() as report:
-        scores = scoring.score(
+        scores = api.score(
             base=base,
-            experts=experts,
-            capabilities=capabilities,
-            retain=retained,
+            expert=experts,
+            capability=capabilities,
             out=out,
-            settings=settings,
-            device=options.device(device),
-            resident=not stream,
+            retain=retained,
+            readout=readouts,
+            prompts=prompts,
+            held_out=held_out,
+            reference_tokens=reference_tokens,
+            top_k=top_k,
+            random_sample=random_sample,
+            verify_prompts=verify_prompts,
+            kind=kinds,
+            cross=cross,
+            estimator=estimators,
+            direction=directions,
+            integrated_points=integrated_points,
+            layer=layer,
+            accept_anchor=accept_anchor,
+            tokens_per_row=tokens_per_row,
+            seed=seed,
+            vocab=whose,
+            device=device,
+            stream=stream,
+            max_memory=memory,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             progress=report,

@@ -108,43 +108,36 @@ def evaluate(
     if skills and not (base or reference):
         raise WpmergeError("--skill asks for retention, and no model is the base", mend="name it with --base NAME")
     arguments = options.keyed_values("--model-arg", model_arg or [])
-    chosen = {
-        "batch_size": options.batch_size(batch_size),
-        "dtype": options.one_of("--dtype", dtype, ("auto", *options.DTYPES)),
-        "device": None if device is None else options.device(device),
-    }
+    size = options.batch_size(batch_size)
+    options.one_of("--dtype", dtype, ("auto", *options.DTYPES))
     data = options.task_data(task_data or [])
     places = options.named("--model", inputs or [])
-    from wpmerge import evaluation, inmemory, summaries
-    from wpmerge.evaluating import evaluate as run
-    from wpmerge.harness import HarnessSettings
+    from wpmerge import api, summaries
 
-    settings = HarnessSettings(
-        backend=backend,
-        model_args={**arguments, **({"trust_remote_code": True} if trust_remote_code else {})},
-        max_gen_tokens=max_gen_tokens,
-        limit=limit,
-        chat_template=chat_template,
-        seed=seed,
-        unsafe_code=confirm_unsafe_code,
-        **chosen,
-    )
-    found = inmemory.models_to_evaluate(
-        models, plans, base=base or reference, inputs=places, settings=settings, trust_remote_code=trust_remote_code
-    )
     with console.reporting() as report:
-        result = run(
-            found,
+        result = api.evaluate(
+            models,
             out=out,
-            tasks=[name for text in tasks for name in text.split(",") if name],
+            plan=plans,
+            inputs=places,
+            tasks=tasks,
             task_data=data,
-            reference=reference,
             base=base,
-            skills={name: evaluation.Skill(expert=name, metric=metric) for name, metric in skills.items()},
-            settings=settings,
+            reference=reference,
+            skill=skills,
+            backend=backend,
+            model_arg=arguments,
+            batch_size=size,
+            max_gen_tokens=max_gen_tokens,
+            limit=limit,
+            device=device,
+            dtype=dtype,
+            chat_template=chat_template,
+            seed=seed,
+            confirm_unsafe_code=confirm_unsafe_code,
             overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
             progress=lambda name, done, total: report(f"evaluating {name}", done, total),
-            say=console.say,
         )
     summary = {"out": str(out), **summaries.evaluation_summary(result)}
     console.show(summary, summaries.evaluation_tables(summary), as_json=as_json)

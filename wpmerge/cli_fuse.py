@@ -110,47 +110,44 @@ def fuse(
     scales = options.scales(scale or [])
     inputs = options.named("--model", model or [])
     shard_bytes = options.byte_size("--shard-size", shard_size)
-    written_dtype = options.torch_dtype("--dtype", dtype)
     chosen_rule = options.one_of("--rule", rule, RULES)
     level = None if granularity is None else options.one_of("--granularity", granularity, GRANULARITIES)
     by = options.one_of("--method", method, METHODS)
-    from wpmerge import fusing, summaries
-    from wpmerge.plan import Operator
+    options.torch_dtype("--dtype", dtype)
+    from wpmerge import api, summaries
 
-    settings = fusing.FuseSettings(
-        rule=chosen_rule,
-        granularity=level,
-        scales=scales,
-        power=power,
-        density=density,
-        floor=floor,
-        mu=mu,
-        steps=steps,
-        batch=batch,
-        ridge=ridge,
-        calibrate=calibrate,
-        tolerance=tolerance,
-        max_coefficient=max_coefficient,
-        evaluations=evaluations,
-        seed=seed,
-    )
     with console.reporting() as report:
-        result = fusing.fuse(
+        result = api.fuse(
             scores,
-            out,
-            settings=settings,
-            models=inputs,
-            explanations=explain or (),
-            operator=Operator(method=by, density=method_density, seed=seed),
+            out=out,
+            rule=chosen_rule,
+            granularity=level,
+            scale=scales,
             plan_only=plan_only,
+            model=inputs,
+            power=power,
+            density=density,
+            floor=floor,
+            max_coefficient=max_coefficient,
+            mu=mu,
+            steps=steps,
+            batch=batch,
+            ridge=ridge,
+            calibrate=calibrate,
+            tolerance=tolerance,
+            evaluations=evaluations,
+            seed=seed,
+            explain=explain,
+            method=by,
+            method_density=method_density,
             exact_recipe=exact_recipe,
             allow_nan=allow_nan,
-            dtype=written_dtype,
-            shard_bytes=shard_bytes,
+            shard_size=shard_bytes,
+            dtype=dtype,
             threads=threads,
+            device=device,
+            stream=stream,
             overwrite=overwrite,
-            device=options.device(device),
-            resident=not stream,
             trust_remote_code=trust_remote_code,
             progress=report,
         )
