@@ -6,12 +6,12 @@ import pytest
 import torch
 from checkpoints import CONFIG, llama_shapes, random_weights, write_checkpoint
 
-from wpmerge.bench_mergekit import MergekitInMemory, StateWeights, draw_seed, whole_state
+from wpmerge.bench_mergekit import MergekitInMemory, draw_seed, whole_state
 from wpmerge.checkpoint import open_checkpoint
 from wpmerge.models import layout_of
 from wpmerge.plan import Coefficient
 from wpmerge.strategies import RIVALS
-from wpmerge.weights import CheckpointWeights
+from wpmerge.weights import CheckpointWeights, StateWeights
 
 NAMES = ("a", "b", "c")
 POINTS = {"density": 0.6, "lambda": 1.3, "select_topk": 0.4, "filter_wise": 1.0, "t": 0.3, "flatten": 1.0}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from wpmerge.bench_controls import same_norm, shuffled
-from wpmerge.bench_mergekit import MergekitInMemory, StateWeights
+from wpmerge.bench_mergekit import MergekitInMemory
 from wpmerge.bench_results import BASE_MODEL, EXPERT_MODEL, Key, Record, ResultFile
 from wpmerge.bench_setup import (
     BenchSettings,
@@ -46,6 +46,7 @@ from wpmerge.rules import RuleOutcome, coefficients_for
 from wpmerge.scores import Scores, load_scores, without_retain_sets
 from wpmerge.strategies import ALWAYS, OURS, RIVALS
 from wpmerge.tuning import held_out_readings, reference_limit, scored_readings
+from wpmerge.weights import StateWeights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,32 +16,10 @@ from torch import Tensor
 
 from wpmerge.arch import Layout
 from wpmerge.plan import Coefficient
-from wpmerge.weights import Weights, WeightSource
+from wpmerge.weights import StateWeights, WeightSource
 
 EPSILON, GAMMA = 0.15, 0.01
 """mergekit's defaults: DELLA's spread of keep-probabilities, Breadcrumbs' share of outliers."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StateWeights:
-    """A whole model's weights in memory.
-
-    Attributes:
-        layout: names the tensors.
-        tensors: canonical name → weights.
-    """
-
-    layout: Layout
-    tensors: Mapping[str, Tensor]
-
-    def layer(self, index: int) -> Weights:
-        """The weights of one decoder layer, names relative to it."""
-        prefix = self.layout.layer_prefix(index)
-        return {name.removeprefix(prefix): self.tensors[name] for name in self.layout.layer_tensors(index)}
-
-    def outer(self, names: Sequence[str] | None = None) -> Weights:
-        """The weights outside the layers, canonical names."""
-        return {name: self.tensors[name] for name in self.layout.outer_tensors()}
 
 
 def whole_state(layout: Layout, source: WeightSource) -> dict[str, Tensor]:

@@ -164,6 +164,18 @@ def write_file(path: Path, data: bytes | str) -> None:
         raise
 
 
+def write_own_file(path: Path, data: bytes | str) -> None:
+    """Write a file that lies in no directory of :func:`output_directory`.
+
+    Raises:
+        OutputError: it cannot be written; nothing is left of it then, and what was under its name stays.
+    """
+    try:
+        write_file(path, data)
+    except OSError as error:
+        raise OutputError("a file cannot be written", where=path, got=error.strerror) from None
+
+
 def sync_directory(path: Path) -> None:
     """Make the names in a directory survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -22,7 +22,7 @@ from wpmerge.figures_evidence import anchor_curves, proof_curves, role_map, scre
 from wpmerge.figures_maps import coefficient_map, model_units, score_map
 from wpmerge.figures_results import bench_figure, instruction_figure, retention_figure
 from wpmerge.lookup import lookup
-from wpmerge.output import check_output, check_output_file, output_directory, write_file
+from wpmerge.output import check_output, check_output_file, output_directory, write_file, write_own_file
 from wpmerge.repeating import bench_command, eval_command, fuse_command, prove_command, score_command
 from wpmerge.replaying import unit_coefficients
 from wpmerge.report_inputs import Material
@@ -259,10 +259,7 @@ def write_report(
             for figure in figures:
                 write_file(staging / f"{figure.name}.png", png_of(figure))
     if out is not None and text is not None:
-        try:
-            write_file(out, text)
-        except OSError as error:
-            raise OutputError("the report cannot be written", where=out, got=error.strerror) from None
+        write_own_file(out, text)
     return {
         "out": None if out is None else str(out),
         "bytes": None if text is None else len(text),

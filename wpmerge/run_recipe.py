@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from wpmerge.arch import Kind
@@ -18,7 +17,7 @@ from wpmerge.errors import RecipeError
 from wpmerge.options import byte_size
 from wpmerge.plan import describe
 from wpmerge.scores import AskedReadout
-from wpmerge.yaml_recipe import UniqueKeys
+from wpmerge.yaml_recipe import read_mapping
 
 RuleName = Literal["refine", "scaled", "uniform", "proportional", "select", "joint"]
 MERGED = "merged"  # the merge's name among what is evaluated, and its directory's
@@ -192,12 +191,7 @@ def read_run_recipe(path: Path) -> RunRecipe:
     Raises:
         RecipeError: no such file, not YAML, an unknown key (with the nearest that there is), a wrong value.
     """
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise RecipeError("a recipe cannot be read", where=path, got=str(error).replace("\n", " ")) from None
-    if not isinstance(raw, dict):
-        raise RecipeError("a recipe is a mapping of keys", where=path, got=type(raw).__name__)
+    raw = read_mapping(path)
     if "merge_method" in raw:
         raise RecipeError(
             "this is a recipe for mergekit, not for a whole run",

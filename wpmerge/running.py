@@ -21,7 +21,7 @@ from wpmerge.capability import Capability, load_capability
 from wpmerge.console import Report, finite
 from wpmerge.directory import locate, read_json
 from wpmerge.errors import CheckpointError, OutputError, RecipeError
-from wpmerge.output import write_file
+from wpmerge.output import write_own_file
 from wpmerge.plan import BASE
 from wpmerge.provenance import versions
 from wpmerge.report import write_report
@@ -226,8 +226,9 @@ def carry_out(run: Run, *, overwrite: bool = False) -> list[Finished]:
         record = read_record(run.out)
         states = {stage.name: state_of(stage, record) for stage in stages}
         changed = [stage for stage in stages if states[stage.name] == "changed"]
-        if any(stage.name != "report" for stage in changed) and not overwrite:  # a report is soon made again
-            raise _refusal([stage for stage in changed if stage.name != "report"], record)
+        costly = [stage for stage in changed if stage.name != "report"]  # a report is soon made again
+        if costly and not overwrite:
+            raise _refusal(costly, record)
         for stage in changed:
             _check_own(stage, record)
         if (judging := run.recipe.evaluation) is not None and states["eval"] != "done":
@@ -368,10 +369,7 @@ def read_record(out: Path) -> dict[str, Any]:
 def _write(run: Run, record: dict[str, Any]) -> None:
     head = {"kind": "run", "schema_version": SCHEMA, "versions": versions(), "recipe": run.recipe.model_dump()}
     whole = finite({**head, "stages": record["stages"]})
-    try:
-        write_file(run.out / RECORD, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise OutputError("the record of a run cannot be written", where=run.out, got=error.strerror) from None
+    write_own_file(run.out / RECORD, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
 
 
 def _refusal(changed: list[Stage], record: Mapping[str, Any]) -> OutputError:

@@ -109,6 +109,28 @@ class MixedWeights:
         return tensor.to(torch.promote_types(tensor.dtype, self.dtype))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateWeights:
+    """A whole model's weights in memory.
+
+    Attributes:
+        layout: names the tensors.
+        tensors: canonical name → weights.
+    """
+
+    layout: Layout
+    tensors: Mapping[str, Tensor]
+
+    def layer(self, index: int) -> Weights:
+        """The weights of one decoder layer, names relative to it."""
+        prefix = self.layout.layer_prefix(index)
+        return {name.removeprefix(prefix): self.tensors[name] for name in self.layout.layer_tensors(index)}
+
+    def outer(self, names: Sequence[str] | None = None) -> Weights:
+        """The weights outside the layers, canonical names."""
+        return {name: self.tensors[name] for name in self.layout.outer_tensors()}
+
+
 def swap(
     pieces: Sequence[Slice], into: Mapping[str, Tensor], source: Mapping[str, Tensor], *, prefix: str = ""
 ) -> Weights:

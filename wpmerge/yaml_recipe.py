@@ -99,11 +99,11 @@ _NOT_YET = ("modules", "tokenizer", "chat_template")
 _MEND = "use mergekit itself for this recipe (--engine mergekit)"
 
 
-def read_yaml_recipe(path: Path) -> YamlRecipe:
-    """Read and check a recipe file.
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A recipe's file as it stands: a mapping in which no key is given twice.
 
     Raises:
-        RecipeError: not a recipe, an unknown key, or something that is not done here; names it.
+        RecipeError: no such file, not YAML, or no mapping.
     """
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
@@ -111,6 +111,16 @@ def read_yaml_recipe(path: Path) -> YamlRecipe:
         raise RecipeError("a recipe cannot be read", where=path, got=str(error).replace("\n", " ")) from None
     if not isinstance(raw, dict):
         raise RecipeError("a recipe is a mapping of keys", where=path, got=type(raw).__name__)
+    return raw
+
+
+def read_yaml_recipe(path: Path) -> YamlRecipe:
+    """Read and check a recipe file.
+
+    Raises:
+        RecipeError: not a recipe, an unknown key, or something that is not done here; names it.
+    """
+    raw = read_mapping(path)
     if refused := [key for key in _NOT_YET if key in raw]:
         raise RecipeError(f"{refused[0]} in a recipe are not supported", where=path, mend=_MEND)
     try:

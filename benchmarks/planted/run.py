@@ -21,7 +21,6 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ from wpmerge.gradients import directional
 from wpmerge.proving import graft
 from wpmerge.readouts import LogProbReadout, measure
 from wpmerge.rows import pack
-from wpmerge.weights import MixedWeights, Weights
+from wpmerge.weights import MixedWeights, StateWeights
 
 KINDS: tuple[Kind, ...] = ("head", "neuron")
 WORDS, COPY, SKILL, OTHER, END = 32, 32, 33, 34, 35
@@ -55,23 +54,6 @@ KEPT_COST, NECESSARY = 0.02, 0.01
 PRUNINGS = 4
 """Times that a plant is pruned and trained again, at most."""
 RIVALS = ("activation", "norm", "norm per weight", "magnitude", "fisher", "depth", "random")
-
-
-@dataclass(frozen=True, slots=True)
-class ModelWeights:
-    """A transformers model as a source of weights."""
-
-    layout: Layout
-    tensors: Mapping[str, Tensor]
-
-    def layer(self, index: int) -> Weights:
-        """Names relative to the layer."""
-        prefix = self.layout.layer_prefix(index)
-        return {name.removeprefix(prefix): self.tensors[name] for name in self.layout.layer_tensors(index)}
-
-    def outer(self, names: Sequence[str] | None = None) -> Weights:
-        """All, whatever is asked for."""
-        return {name: self.tensors[name] for name in self.layout.outer_tensors()}
 
 
 def sequences(mark: int, shift: int, count: int, chance: torch.Generator) -> Tensor:
@@ -280,7 +262,7 @@ def rms(model: LlamaForCausalLM, before: Mapping[str, Tensor], mask: Mapping[str
     return float((squares / sum(float(each.sum()) for each in mask.values())) ** 0.5)
 
 
-def scores(engine: Engine, base: ModelWeights, expert: ModelWeights, seed: int, prompts: int) -> dict[str, Tensor]:
+def scores(engine: Engine, base: StateWeights, expert: StateWeights, seed: int, prompts: int) -> dict[str, Tensor]:
     """Name → a number for every head, then every neuron; the larger, the likelier in the plant."""
     made = sequences(SKILL, 3, prompts, torch.Generator().manual_seed(2000 + seed)).tolist()
     readout = LogProbReadout(layer=engine.layout.layers - 1, sequences=made, starts=[LENGTH + 1] * prompts)
@@ -345,8 +327,10 @@ def one_plant(base: LlamaForCausalLM, kind: str, seed: int, steps: int, prompts:
     chance = torch.Generator().manual_seed(seed)
     drawn = draw_plant(layout, kind, chance)
     model, sets, plant_moved, rest_moved = plant(base, layout, drawn, seed, steps)
-    engine, before = Engine(layout), ModelWeights(layout, tensors)
-    after = ModelWeights(layout, {name: value.detach().clone() for name, value in model.named_parameters()})
+    engine, before = Engine(layout), StateWeights(layout=layout, tensors=tensors)
+    after = StateWeights(
+        layout=layout, tensors={name: value.detach().clone() for name, value in model.named_parameters()}
+    )
     grouping = make_grouping(layout, "unit")
     test = sequences(SKILL, 3, 64, torch.Generator().manual_seed(3000 + seed)).tolist()
     readout = LogProbReadout(layer=layout.layers - 1, sequences=test, starts=[LENGTH + 1] * 64)
