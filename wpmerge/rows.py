@@ -29,7 +29,7 @@ class Row:
     tokens: Int[Tensor, "1 T"]
     positions: Int[Tensor, "1 T"]
     visible: Bool[Tensor, "T T"]
-    places: Mapping[int, Int[Tensor, "_"]]
+    places: Mapping[int, Int[Tensor, " _"]]
 
 
 def pack(sequences: Sequence[Sequence[int]], *, tokens_per_row: int = 384) -> list[Row]:
