@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny import tiny_model
@@ -41,4 +42,26 @@ def write_prompts(path: Path, *, seed: int = 0, count: int = 24) -> Path:
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randint(3, WORDS, (count, 4), generator=generator).tolist()
     path.write_text("".join(json.dumps({"prompt": " ".join(f"w{i}" for i in draw)}) + "\n" for draw in draws))
+    return path
+
+
+QUICK: dict[str, Any] = {
+    "prompts": 12,
+    "held_out": 6,
+    "reference_tokens": 6,
+    "top_k": 1,
+    "random_sample": 1,
+    "verify_prompts": 2,
+    "readout": ["reference"],
+    "kind": ["head", "neuron"],
+    "accept_anchor": True,
+}
+"""Settings of ``score`` that take seconds on such a family."""
+
+
+def write_home(path: Path) -> Path:
+    """A family and the prompts of its two experts, ``a.jsonl`` and ``b.jsonl``."""
+    write_family(path)
+    for seed, name in enumerate("ab", start=1):
+        write_prompts(path / f"{name}.jsonl", seed=seed)
     return path

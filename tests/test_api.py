@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import WORDS, word_tokenizer, write_family, write_prompts
+from families import QUICK, WORDS, word_tokenizer, write_home
 from transformers import AutoModelForCausalLM
 
 import wpmerge as wp
@@ -20,17 +20,6 @@ from wpmerge.verify import verify
 
 COMMANDS = {"score": cli.score, "fuse": cli_fuse.fuse, "merge": cli_merge.merge, "evaluate": cli_eval.evaluate}
 SHELL_ONLY = {"as_json", "verbose"}
-QUICK: dict[str, Any] = {
-    "prompts": 12,
-    "held_out": 6,
-    "reference_tokens": 6,
-    "top_k": 1,
-    "random_sample": 1,
-    "verify_prompts": 2,
-    "readout": ["reference"],
-    "kind": ["head", "neuron"],
-    "accept_anchor": True,
-}
 
 
 def defaults(function: Any) -> dict[str, str]:
@@ -84,11 +73,7 @@ def test_importing_loads_nothing_heavy() -> None:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("home")
-    write_family(path)
-    for seed, name in enumerate("ab", start=1):
-        write_prompts(path / f"{name}.jsonl", seed=seed)
-    return path
+    return write_home(tmp_path_factory.mktemp("home"))
 
 
 def test_the_whole_way(home: Path) -> None:

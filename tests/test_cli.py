@@ -13,7 +13,7 @@ import pytest
 import torch
 import typer.main
 import yaml
-from families import write_family, write_prompts
+from families import write_home
 from safetensors.torch import load_file
 from talkers import MURMUR, SHOUT, save_talker
 from typer.testing import CliRunner
@@ -55,10 +55,7 @@ def fail(*arguments: object) -> str:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A family, prompts, and what ``score`` makes of them, with what it printed."""
-    path = tmp_path_factory.mktemp("home")
-    write_family(path)
-    for seed, name in enumerate("ab", start=1):
-        write_prompts(path / f"{name}.jsonl", seed=seed)
+    path = write_home(tmp_path_factory.mktemp("home"))
     result = succeed(*score_command(path, path / "scores"), "--accept-anchor", "--json")
     (path / "printed.json").write_text(result.stdout)
     (path / "said.txt").write_text(result.stderr)

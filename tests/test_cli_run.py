@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from families import write_family, write_prompts
-from test_running import QUICK
+from families import QUICK, write_home
 from typer.testing import CliRunner
 
 from wpmerge import cli
@@ -23,10 +22,7 @@ STAGES = ("score", "fuse", "report")
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("home")
-    write_family(path)
-    for seed, name in enumerate("ab", start=1):
-        write_prompts(path / f"{name}.jsonl", seed=seed)
+    path = write_home(tmp_path_factory.mktemp("home"))
     recipe = {
         "base": str(path / "base"),
         "experts": {name: str(path / name) for name in "ab"},

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from families import write_family, write_prompts
+from families import QUICK, write_home, write_prompts
 
 from wpmerge import running
 from wpmerge.errors import WpmergeError
@@ -16,18 +16,6 @@ from wpmerge.merging import merge_recipe
 from wpmerge.plan import load_plan
 from wpmerge.run_recipe import RunRecipe
 from wpmerge.scores import load_scores
-
-QUICK = {
-    "prompts": 12,
-    "held_out": 6,
-    "reference_tokens": 6,
-    "top_k": 1,
-    "random_sample": 1,
-    "verify_prompts": 2,
-    "readout": ["reference"],
-    "kind": ["head", "neuron"],
-    "accept_anchor": True,
-}
 
 
 def recipe_of(home: Path, **more: Any) -> RunRecipe:
@@ -64,10 +52,7 @@ def refusal(home: Path, out: Path, *, overwrite: bool = False, **more: Any) -> s
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A family, prompts, documents, and a finished run of them."""
-    path = tmp_path_factory.mktemp("home")
-    write_family(path)
-    for seed, name in enumerate("ab", start=1):
-        write_prompts(path / f"{name}.jsonl", seed=seed)
+    path = write_home(tmp_path_factory.mktemp("home"))
     rows = [{"prompt": f"w{number} w4", "answer": "w5"} for number in range(3, 9)]
     (path / "local.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert carry_out(path, path / "run") == {"score": False, "fuse": False, "eval": False, "report": False}
