@@ -1,5 +1,7 @@
 """Readouts against plain computations on transformers' own models, and their gradients against differences."""
 
+import math
+
 import pytest
 import torch
 from tiny import CONFIGS, ModelWeights, tiny_model
@@ -10,9 +12,11 @@ from wpmerge.readouts import (
     DivergenceReadout,
     LogProbReadout,
     Readout,
+    ReplyReadout,
     measure,
     output_gradient,
     read_states,
+    reply_readout,
     trace,
 )
 from wpmerge.rows import pack
@@ -92,7 +96,44 @@ def test_divergence_is_minus_the_kl_from_the_teacher(model_type: str) -> None:
         assert float(found[item]) == pytest.approx(-sum(kl) / len(kl), rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ["anchor", "reference", "divergence"])
+def reply(engine: Engine, expert: ModelWeights) -> ReplyReadout:
+    own = LogProbReadout(layer=2, sequences=SEQUENCES, starts=STARTS)
+    return reply_readout(engine, expert, pack(SEQUENCES, tokens_per_row=14), own)
+
+
+@pytest.mark.parametrize("tokens_per_row", [8, 400])
+def test_a_reply_is_kept_as_far_as_the_model_lacks_no_nats(tokens_per_row: int) -> None:
+    model, expert = pair("llama")
+    engine, weights = opened(model)
+    target = ModelWeights.of(expert)
+    readout = reply(engine, target)
+    rows = pack(SEQUENCES, tokens_per_row=tokens_per_row)
+    own = measure(engine, target, rows, readout)
+    torch.testing.assert_close(own, torch.ones_like(own), rtol=0, atol=1e-12)
+    found = measure(engine, weights, rows, readout)
+    hidden = 0  # tokens that the model is surer of than the expert
+    for item, (sequence, start) in enumerate(zip(SEQUENCES, STARTS, strict=True)):
+        places = range(start, len(sequence))
+        p, q = plain_log_probs(expert, sequence), plain_log_probs(model, sequence)
+        lacking = [float(p[i - 1, sequence[i]] - q[i - 1, sequence[i]]) for i in places]
+        hidden += sum(each < 0 for each in lacking)
+        surprise = -sum(float(p[i - 1, sequence[i]]) for i in places)
+        expected = math.exp(-sum(max(0.0, each) for each in lacking) / (1 + surprise))
+        assert float(found[item]) == pytest.approx(expected, rel=1e-9)
+    assert hidden > 0
+
+
+def test_some_of_a_readouts_items_read_as_in_the_whole() -> None:
+    model, expert = pair("llama")
+    engine, weights = opened(model)
+    whole = reply(engine, ModelWeights.of(expert))
+    for readout in (whole, whole.own):
+        every = measure(engine, weights, pack(SEQUENCES), readout)
+        some = measure(engine, weights, pack([SEQUENCES[3], SEQUENCES[1]]), readout.some([3, 1]))
+        torch.testing.assert_close(some, every[[3, 1]], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["anchor", "reference", "divergence", "reply"])
 def test_gradient_is_the_finite_difference(name: str) -> None:
     model, teacher = pair("gpt2")
     engine, weights = opened(model)
@@ -101,6 +142,7 @@ def test_gradient_is_the_finite_difference(name: str) -> None:
         "anchor": AnchorReadout(layer=2, direction=direction, item=[0, 0, 1, 1], sign=[1.0, -1.0, 1.0, -1.0], items=2),
         "reference": LogProbReadout(layer=2, sequences=SEQUENCES, starts=STARTS),
         "divergence": divergence(engine, ModelWeights.of(teacher)),
+        "reply": reply(engine, ModelWeights.of(teacher)),
     }
     readout, outer = readouts[name], weights.outer()
     rows = pack(SEQUENCES, tokens_per_row=16)

@@ -136,7 +136,7 @@ class _Run:
     ) -> None:
         self.family, self.scores, self.settings, self.out, self.tell = family, scores, settings, out, tell
         self.results = ResultFile(out / "results.jsonl")
-        pieces = Pieces(out / "replies")
+        self.pieces = pieces = Pieces(out / "replies")
         self.tester = Tester(family, items, outside, settings, pieces)
         limit = reference_limit(scores)
         self.pools = {name: tuning_pool(family, scores, name, prompts.get(name), pieces, limit=limit) for name in items}
@@ -270,7 +270,7 @@ class _Run:
     def _scored_prompts(self, subset: Sequence[str], *, retain: bool) -> dict[str, HeldOutReading]:
         """What ``refine`` takes steps on: the prompts that scores were taken on, those of retain sets if asked for."""
         if self._scored is None:
-            self._scored = scored_readings(self.family, self.scores, list(self.pools))
+            self._scored = scored_readings(self.family, self.scores, list(self.pools), pieces=self.pieces)
         return {
             name: reading for name, reading in self._scored.items() if name in subset or (retain and reading.retain)
         }
@@ -325,6 +325,7 @@ def _identity(
         "prompts": {name: text_hash([asdict(each) for each in more.prompts]) for name, more in prompts.items()},
         "retain": text_hash(outside),
         "settings": {name: json.loads(json.dumps(getattr(settings, name))) for name in same},
+        "tuned by": "share of the expert's replies that is kept",
     }
 
 

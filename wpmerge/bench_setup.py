@@ -10,21 +10,19 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from wpmerge.calibration import HeldOutReading, read_held_out
+from wpmerge.calibration import HeldOutReading
 from wpmerge.capability import Capability, reference_sequences
 from wpmerge.errors import CapabilityError, EvaluationError
 from wpmerge.judges import TestPrompt, load_tests
 from wpmerge.models import Family, continuations
 from wpmerge.options import one_of
 from wpmerge.pieces import Pieces
-from wpmerge.readouts import LogProbReadout
-from wpmerge.rows import pack
 from wpmerge.scores import Scores
 from wpmerge.strategies import OURS, RIVALS, SAME_AS_RIVALS
+from wpmerge.tuning import read_references
 
 logger = logging.getLogger(__name__)
 
-TOKENS_PER_ROW = 384
 CONTROLS = ("shuffled", "norm")
 
 
@@ -239,16 +237,8 @@ def tuning_readings(
     for name, pool in pools.items():
         draw = random.Random(f"{seed}/{name}").sample(range(len(pool.starts)), min(settings.tune, len(pool.starts)))
         sequences, starts = [pool.sequences[i] for i in draw], [pool.starts[i] for i in draw]
-        readout = LogProbReadout(layer=family.layout.layers - 1, sequences=sequences, starts=starts)
-        rows = pack(sequences, tokens_per_row=TOKENS_PER_ROW)
-        found = read_held_out(family.engine, family.weights[""], family.weights[name], readout, rows)
-        if found.expert <= found.base:
-            raise CapabilityError(
-                f"on the tuning prompts of seed {seed} the expert {name} is no better than the base",
-                got=f"{found.expert:.4g} and {found.base:.4g} nats per token",
-                mend="use more of them (--tune), or other prompts (--prompts)",
-            )
-        readings[name] = found
+        prompts = f"tuning prompts of seed {seed}"
+        readings[name] = read_references(family, name, sequences, starts, prompts=prompts)
     return readings
 
 

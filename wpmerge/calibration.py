@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wpmerge.engine import Engine
-from wpmerge.errors import RecipeError
+from wpmerge.errors import CapabilityError, RecipeError
 from wpmerge.plan import Coefficient
-from wpmerge.readouts import Readout, final_states, measure, read_states
+from wpmerge.readouts import LogProbReadout, Readout, final_states, measure, read_states, reply_readout
 from wpmerge.rows import Row
 from wpmerge.weights import MixedWeights, WeightSource
 
@@ -71,6 +71,43 @@ def read_held_out(
     )
     assert before is not None
     return HeldOutReading(readout=readout, rows=rows, base_items=before, expert_items=after)
+
+
+def read_replies(
+    engine: Engine,
+    base: WeightSource,
+    expert: WeightSource,
+    own: LogProbReadout,
+    rows: Sequence[Row],
+    *,
+    name: str,
+    prompts: str,
+) -> HeldOutReading:
+    """How much of an expert's replies a merge would still give: :class:`~wpmerge.readouts.ReplyReadout`.
+
+    Args:
+        engine: runs both.
+        base: gives least of them.
+        expert: gives them whole.
+        own: log-probabilities of the replies.
+        rows: its sequences.
+        name: the expert's, for a message.
+        prompts: which ones they are, for a message.
+
+    Raises:
+        CapabilityError: to the expert the replies are no likelier than to the base.
+    """
+    readout = reply_readout(engine, expert, rows, own)
+    states, outer = final_states(engine, base, rows, own.layer), base.outer(engine.layout.output_tensors())
+    kept, before = (read_states(engine, outer, rows, each, states)[0].double() for each in (readout, own))
+    after = torch.stack([each.double().mean() for each in readout.ceilings])
+    if float(after.mean()) <= float(before.mean()):
+        raise CapabilityError(
+            f"on the {prompts} the expert {name} is no better than the base",
+            got=f"{float(after.mean()):.4g} and {float(before.mean()):.4g} nats per token",
+            mend="take more of them, or give scales with --scale",
+        )
+    return HeldOutReading(readout=readout, rows=rows, base_items=kept, expert_items=torch.ones_like(kept))
 
 
 def merged_source(

@@ -112,10 +112,82 @@ class LogProbReadout:
         self, engine: Engine, outer: Weights, hidden: Float[Tensor, "U N D"], row: Row
     ) -> Float[Tensor, "U items"]:
         """Log-probabilities of the reference tokens, averaged per item."""
+        return _mean_per_item(self, row, self.per_token(engine, outer, hidden, row))
+
+    def per_token(
+        self, engine: Engine, outer: Weights, hidden: Float[Tensor, "U N D"], row: Row
+    ) -> Float[Tensor, "U N"]:
+        """Log-probability of each reference token, one sequence after the other."""
         targets = [token for number in row.places for token in self.sequences[number][self.starts[number] :]]
         logits = engine.logits(outer, hidden)
         chosen = logits.gather(2, torch.tensor(targets, device=hidden.device).expand(len(logits), -1)[..., None])
-        return _mean_per_item(self, row, chosen[..., 0] - logits.logsumexp(dim=-1))
+        return chosen[..., 0] - logits.logsumexp(dim=-1)
+
+    def some(self, items: Sequence[int]) -> "LogProbReadout":
+        """The same of some items alone, in the order given."""
+        return replace(self, sequences=[self.sequences[i] for i in items], starts=[self.starts[i] for i in items])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ReplyReadout:
+    """How much of an expert's reply a model would still give: 1 at the expert, towards 0 as it becomes unlikely.
+
+    exp(−Σ_t max(0, log p_e(y_t) − log p(y_t)) / (1 − Σ_t log p_e(y_t))): the nats that the model lacks, each token
+    counted only as far as the expert goes, against the nats that the expert itself lacks, plus one. A reply of which
+    the expert is sure (an answer) is lost with few nats, one of many that it might give (free text) with many.
+
+    Attributes:
+        own: log-probabilities of the references.
+        ceilings: sequence number → the expert's own log-probability of each reference token, nats.
+    """
+
+    own: LogProbReadout
+    ceilings: Sequence[Float[Tensor, " _"]]
+    reads_output: bool = True
+
+    @property
+    def layer(self) -> int:
+        """The last layer."""
+        return self.own.layer
+
+    @property
+    def items(self) -> int:
+        """One per sequence."""
+        return self.own.items
+
+    def places(self, row: Row) -> Int[Tensor, " N"]:
+        """The tokens before each reference token."""
+        return self.own.places(row)
+
+    def read(
+        self, engine: Engine, outer: Weights, hidden: Float[Tensor, "U N D"], row: Row
+    ) -> Float[Tensor, "U items"]:
+        """The share of each reply, from the nats that its tokens lack."""
+        found = self.own.per_token(engine, outer, hidden, row)
+        numbers = list(row.places)
+        lengths = torch.tensor([len(self.ceilings[number]) for number in numbers])
+        ceilings = torch.cat([self.ceilings[number] for number in numbers]).to(found)
+        within = torch.arange(len(numbers)).repeat_interleave(lengths).to(found.device)
+        lacking = found.new_zeros(len(found), len(numbers)).index_add(1, within, (ceilings - found).clamp_min(0.0))
+        own = found.new_zeros(len(numbers)).index_add(0, within, -ceilings)
+        items = torch.tensor(numbers, device=found.device)
+        return found.new_zeros(len(found), self.items).index_add(1, items, (-lacking / (1.0 + own)).exp())
+
+    def some(self, items: Sequence[int]) -> "ReplyReadout":
+        """The same of some items alone, in the order given."""
+        return replace(self, own=self.own.some(items), ceilings=[self.ceilings[i] for i in items])
+
+
+@torch.no_grad()
+def reply_readout(engine: Engine, expert: WeightSource, rows: Sequence[Row], own: LogProbReadout) -> ReplyReadout:
+    """The readout of an expert's replies, with ceilings from one run of the expert."""
+    outer = expert.outer(engine.layout.output_tensors())
+    found: dict[int, Tensor] = {}
+    for row, hidden in zip(rows, final_states(engine, expert, rows, own.layer), strict=True):
+        values = own.per_token(engine, outer, hidden[:, own.places(row)], row)[0]
+        lengths = [len(own.sequences[number]) - own.starts[number] for number in row.places]
+        found |= zip(row.places, values.cpu().split(lengths), strict=True)
+    return ReplyReadout(own=own, ceilings=[found[number] for number in range(own.items)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -24,7 +24,7 @@ from wpmerge.engine import Engine
 from wpmerge.gradients import directional
 from wpmerge.levels import Levels, Parts, RefineSettings, direction, make_levels, no_parts, together
 from wpmerge.plan import Coefficient
-from wpmerge.readouts import LogProbReadout, Readout, measure
+from wpmerge.readouts import LogProbReadout, Readout, ReplyReadout, measure
 from wpmerge.rows import Row, pack
 from wpmerge.weights import Weights, WeightSource
 
@@ -67,7 +67,7 @@ class Refined:
 class _Kept:
     """A readout that keeps what it read: the gradient's run is then the measurement too."""
 
-    def __init__(self, inner: LogProbReadout) -> None:
+    def __init__(self, inner: LogProbReadout | ReplyReadout) -> None:
         self.inner = inner
         self.values = torch.zeros(inner.items, dtype=torch.float64)
 
@@ -273,18 +273,15 @@ def _hold_back(
     return merging.slopes(merged, _packed(part), part) * (pull * len(losing) / len(items))
 
 
-def _some(reading: HeldOutReading, items: Sequence[int]) -> LogProbReadout:
+def _some(reading: HeldOutReading, items: Sequence[int]) -> LogProbReadout | ReplyReadout:
     readout = reading.readout
-    assert isinstance(readout, LogProbReadout), "steps are taken on log-probabilities of references"
-    return LogProbReadout(
-        layer=readout.layer,
-        sequences=[readout.sequences[i] for i in items],
-        starts=[readout.starts[i] for i in items],
-    )
+    assert isinstance(readout, (LogProbReadout, ReplyReadout)), "steps are taken on references"
+    return readout.some(items)
 
 
-def _packed(readout: LogProbReadout) -> list[Row]:
-    return pack(readout.sequences, tokens_per_row=TOKENS_PER_ROW)
+def _packed(readout: LogProbReadout | ReplyReadout) -> list[Row]:
+    own = readout.own if isinstance(readout, ReplyReadout) else readout
+    return pack(own.sequences, tokens_per_row=TOKENS_PER_ROW)
 
 
 class _Walk:

@@ -1,6 +1,7 @@
 """What a rule may look at: the scores of each group, and the prompts that choose coefficients, read with the models."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -8,10 +9,11 @@ from torch import Tensor
 
 from wpmerge.arch import Layout
 from wpmerge.attribution import UnitArrays, empty_arrays
-from wpmerge.calibration import HeldOutReading, read_held_out
+from wpmerge.calibration import HeldOutReading, read_held_out, read_replies
 from wpmerge.coefficients import Grouping, group_scores
-from wpmerge.errors import CapabilityError, RecipeError
+from wpmerge.errors import RecipeError
 from wpmerge.models import Family, continuations
+from wpmerge.pieces import Pieces
 from wpmerge.readouts import LogProbReadout
 from wpmerge.rows import pack
 from wpmerge.scores import Scores, array_key
@@ -90,32 +92,42 @@ def held_out_readings(family: Family, scores: Scores, experts: Sequence[str]) ->
     readings = {}
     for name, record in scores.capabilities.items():
         if record.retain or name in experts:
-            held = record.held_out
-            readings[name] = _read(family, name, record.retain, [list(each) for each in held.sequences], held.starts)
-            if not record.retain and readings[name].expert <= readings[name].base:
-                raise CapabilityError(
-                    f"on the held-out prompts the expert {name} is no better than the base",
-                    got=f"{readings[name].expert:.4g} and {readings[name].base:.4g} nats per token",
-                    mend="score with more held-out prompts (--held-out), or give scales with --scale",
-                )
+            sequences = [list(each) for each in record.held_out.sequences]
+            readings[name] = read_references(
+                family, "" if record.retain else name, sequences, record.held_out.starts, prompts="held-out prompts"
+            )
     return readings
 
 
-def scored_readings(family: Family, scores: Scores, experts: Sequence[str]) -> dict[str, HeldOutReading]:
+def scored_readings(
+    family: Family, scores: Scores, experts: Sequence[str], *, pieces: Pieces | None = None
+) -> dict[str, HeldOutReading]:
     """The prompts that scores were taken on, with each expert's (of a retain set the base's) own replies to them.
 
     The replies are made anew: prompts are all that the scores keep of them, and all that a user has to bring.
+
+    Args:
+        family: writes the replies.
+        scores: know the prompts.
+        experts: whose prompts; those of retain sets too.
+        pieces: keeps the replies; None keeps them nowhere.
     """
     limit = reference_limit(scores)
+
+    def replies_of(expert: str, texts: list[str]) -> dict[str, list[list[int]]]:
+        return {"replies": continuations(family, expert, texts, tokens=limit)}
+
     readings = {}
     for name, record in scores.capabilities.items():
         if record.retain or name in experts:
             texts = list(record.scored)
             heads = [family.chat.prompt_tokens(text) for text in texts]
-            replies = continuations(family, "" if record.retain else name, texts, tokens=limit)
+            write = partial(replies_of, "" if record.retain else name, texts)
+            replies = (write() if pieces is None else pieces.record(f"scored-{name}", write))["replies"]
             pairs = [(head, reply) for head, reply in zip(heads, replies, strict=True) if reply]
-            sequences = [[*head, *reply] for head, reply in pairs]
-            readings[name] = _read(family, name, record.retain, sequences, [len(head) for head, _ in pairs])
+            sequences, starts = [[*head, *reply] for head, reply in pairs], [len(head) for head, _ in pairs]
+            expert = "" if record.retain else name
+            readings[name] = read_references(family, expert, sequences, starts, prompts="scored prompts")
     return readings
 
 
@@ -124,8 +136,23 @@ def reference_limit(scores: Scores) -> int:
     return int(scores.provenance["settings"]["reference_tokens"])
 
 
-def _read(family: Family, name: str, retain: bool, sequences: list[list[int]], starts: Sequence[int]) -> HeldOutReading:
+def read_references(
+    family: Family, expert: str, sequences: Sequence[Sequence[int]], starts: Sequence[int], *, prompts: str
+) -> HeldOutReading:
+    """What a merge is judged by: how much of an expert's replies it keeps, or how likely it finds the base's.
+
+    Args:
+        family: base and experts.
+        expert: whose skill; ``""`` for a retain set.
+        sequences: prompt and reference tokens.
+        starts: where each reference starts.
+        prompts: which ones they are, for a message.
+
+    Raises:
+        CapabilityError: the expert is no better than the base on them.
+    """
     readout = LogProbReadout(layer=family.layout.layers - 1, sequences=sequences, starts=list(starts))
-    rows = pack(sequences, tokens_per_row=TOKENS_PER_ROW)
-    expert = None if retain else family.weights[name]
-    return read_held_out(family.engine, family.weights[""], expert, readout, rows)
+    rows, base = pack(sequences, tokens_per_row=TOKENS_PER_ROW), family.weights[""]
+    if not expert:
+        return read_held_out(family.engine, base, None, readout, rows)
+    return read_replies(family.engine, base, family.weights[expert], readout, rows, name=expert, prompts=prompts)
