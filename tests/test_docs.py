@@ -6,6 +6,7 @@ Commands stand in ``sh`` blocks. ``<!-- runs in the tests -->`` before one runs 
 
 import doctest
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -20,13 +21,17 @@ import yaml
 from typer.testing import CliRunner
 
 from wpmerge import cli
+from wpmerge.plan import load_plan
+from wpmerge.replaying import unit_coefficients
 from wpmerge.run_recipe import RunRecipe
+from wpmerge.scores import load_scores
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- (?P<marker>[^>]*?) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)```", re.DOTALL)
 RUNS = "runs in the tests"
 OTHERS = {"pip", "make", "python"}
+NUMBER = r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
 
 
 @dataclass(frozen=True)
@@ -111,13 +116,44 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_tour_runs(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(bench)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    ran = 0
+    said = {}
     for block in blocks("sh"):
         for words in block.commands if block.marker == RUNS else []:
             result = CliRunner().invoke(cli.app, words[1:])
             assert result.exit_code == 0, f"{' '.join(words)}\n{result.output}"
-            ran += 1
-    assert ran >= 8 and (bench / "tour" / "evaluation" / "evaluation.json").is_file()
+            said[" ".join(words[1:5])] = result.output
+    assert len(said) >= 8 and (bench / "tour" / "evaluation" / "evaluation.json").is_file()
+    check_the_sentences(bench / "tour", " ".join(said["fuse tour/scores --out tour/merged"].split()))
+
+
+def check_the_sentences(tour: Path, said: str) -> None:
+    """The page says of a unit's coefficients what `fuse --explain` said, and what it says adds up to them."""
+    held = re.search(r'<script type="application/json" id="data">(.*?)</script>', (tour / "report.html").read_text())
+    assert held
+    why = json.loads(held[1])["lookup"]["why"]["head.1.0"]
+    values = unit_coefficients_of(tour)
+    assert len(why) == len(values) == 2
+    for sentence in why:
+        assert " ".join(sentence.split()) in said
+        parts = re.match(
+            rf"(\w+) gets ({NUMBER}) at .*?: refine, from ({NUMBER}) by ({NUMBER}) with the whole expert, "
+            rf"({NUMBER}) with its block and ({NUMBER}) on its own = ({NUMBER}), (not clipped|clipped to {NUMBER}), ",
+            sentence,
+        )
+        assert parts, sentence
+        expert, *numbers, clipped = parts.groups()
+        value, start, whole, block, own, total = map(float, numbers)
+        assert value == pytest.approx(values[expert], abs=1e-3)
+        assert total == pytest.approx(start + whole + block + own, abs=2e-3)
+        assert min(1.5, max(0.0, total)) == pytest.approx(value, abs=1e-3)
+        assert (clipped == "not clipped") is (0.0 <= total <= 1.5)
+
+
+def unit_coefficients_of(tour: Path) -> dict[str, float]:
+    """Expert → the coefficient of head.1.0, as the merge has it."""
+    plan, scores = load_plan(tour / "merged"), load_scores(tour / "scores")
+    found = {expert: unit_coefficients(plan, scores, expert, "head") for expert in plan.experts}
+    return {expert: float(values[1, 0]) for expert, values in found.items() if values is not None}
 
 
 def test_the_notebook_runs(bench: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
