@@ -6,7 +6,6 @@ Commands stand in ``sh`` blocks. ``<!-- runs in the tests -->`` before one runs 
 
 import doctest
 import importlib
-import json
 import re
 import shlex
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import typer.main
 import yaml
+from reports import data_of
 from typer.testing import CliRunner
 
 from wpmerge import cli
@@ -128,9 +128,7 @@ def test_the_tour_runs(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check_the_sentences(tour: Path, said: str) -> None:
     """The page says of a unit's coefficients what `fuse --explain` said, and what it says adds up to them."""
-    held = re.search(r'<script type="application/json" id="data">(.*?)</script>', (tour / "report.html").read_text())
-    assert held
-    why = json.loads(held[1])["lookup"]["why"]["head.1.0"]
+    why = data_of((tour / "report.html").read_text())["lookup"]["why"]["head.1.0"]
     values = unit_coefficients_of(tour)
     assert len(why) == len(values) == 2
     for sentence in why:

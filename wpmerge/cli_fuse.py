@@ -1,6 +1,6 @@
 """``wpmerge fuse``: scores to coefficients, a plan, a recipe and a merged checkpoint."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -156,7 +156,7 @@ def fuse(
         "held_out_lost": dict(result.lost),
         "explanations": {k: list(v) for k, v in result.explanations.items()},
     }
-    tables = [*summaries.fuse_tables(summary), *_lost(result.lost), *_explained(result.explanations)]
+    tables = [*summaries.fuse_tables(summary), *_lost(result.lost), *summaries.explanation_tables(result.explanations)]
     console.show(summary, tables, as_json=as_json)
 
 
@@ -164,12 +164,3 @@ def _lost(lost: Mapping[str, float]) -> list[console.Table]:
     rows = [(name, console.number(value)) for name, value in lost.items()]
     title = "retain sets: what the merge loses on held-out prompts, nats per token below the base"
     return [console.Table(title=title, header=("retain set", "lost"), rows=rows)] if rows else []
-
-
-def _explained(explanations: Mapping[str, Sequence[str]]) -> list[console.Table]:
-    return [
-        console.Table(
-            title=f"why {name} gets what it gets", header=("coefficient",), rows=[(text,) for text in sentences]
-        )
-        for name, sentences in explanations.items()
-    ]
