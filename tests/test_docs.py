@@ -1,7 +1,8 @@
-"""Every command in the docs: its names and options exist, and where the page says so it runs, on the family that ships.
+"""Every command in the docs: its names and options exist, and it runs here, or says itself why it cannot.
 
-Commands stand in ``sh`` blocks. ``<!-- runs in the tests -->`` before one runs it; ``<!-- needs a download -->`` and
-``<!-- needs a GPU -->`` say why one is not for every machine. All of them are parsed.
+Commands stand in ``sh`` blocks. ``<!-- runs in the tests -->`` before one runs it, on the family that ships. The first
+line of any other is a comment that readers see too: ``# needs a GPU``, ``# needs a download`` or ``# needs your own
+models``. All of them are parsed.
 """
 
 import doctest
@@ -30,6 +31,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- (?P<marker>[^>]*?) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)```", re.DOTALL)
 RUNS = "runs in the tests"
+NEEDS = re.compile(r"# needs (a GPU|a download|your own models)\b")
 OTHERS = {"pip", "make", "python"}
 NUMBER = r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
 
@@ -65,7 +67,7 @@ def name_of(block: Block) -> str:
 
 @pytest.mark.parametrize("block", blocks("sh"), ids=name_of)
 def test_commands_are_what_they_say(block: Block) -> None:
-    assert block.marker in ("", RUNS) or block.marker.startswith(("needs a download", "needs a GPU"))
+    assert block.marker in ("", RUNS)
     for words in block.commands:
         program, *rest = words
         if program == "wpmerge":
@@ -77,6 +79,28 @@ def test_commands_are_what_they_say(block: Block) -> None:
             assert rest and set(rest) <= set(targets)
         else:
             assert program in OTHERS, words
+
+
+@pytest.mark.parametrize("block", blocks("sh"), ids=name_of)
+def test_a_block_is_run_or_says_what_it_needs(block: Block) -> None:
+    assert (block.marker == RUNS) is not bool(NEEDS.match(block.text)), f"{block.page.name}: {block.text}"
+    if block.marker == RUNS:
+        assert {words[0] for words in block.commands} == {"wpmerge"}, "the tour runs nothing else"
+
+
+def test_a_block_without_a_mark_is_found() -> None:
+    unmarked = BLOCK.search("```sh\nwpmerge inspect scores\n```")
+    assert unmarked and not unmarked["marker"] and not NEEDS.match(unmarked["text"])
+    for line in ("# needs a GPU", "# needs a download: of a model", "# needs your own models, scored"):
+        assert NEEDS.match(f"{line}\nwpmerge inspect scores\n")
+    assert not NEEDS.match("wpmerge inspect scores  # needs a GPU\n")
+
+
+def test_modules_that_pages_run_are_there() -> None:
+    named = {name for page in PAGES for name in re.findall(r"`python -m (benchmarks\.[\w.]+)", page.read_text())}
+    assert len(named) >= 2
+    for name in named:
+        assert find_spec(name) is not None, name
 
 
 def parse(words: list[str]) -> None:
