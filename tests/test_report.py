@@ -169,6 +169,20 @@ def test_a_model_evaluated_elsewhere_is_remarked(home):
     assert found.remarks == ("a was evaluated from elsewhere/other and scored from models/a.",)
 
 
+def test_a_proof_of_an_early_version_is_read_and_that_is_said(home, tmp_path, capsys):
+    old = made_proof(made_scores())
+    for each in old["capabilities"].values():
+        each["stability"] = {k: v for k, v in each["stability"].items() if k not in ("paraphrases", "seeds")}
+    (tmp_path / "proof.json").write_text(json.dumps(old))
+    material = read_material(home / "scores", proof=tmp_path)
+    (remark,) = material.remarks
+    assert "kept no rank stability over two wordings, other draws of prompts" in remark
+    assert remark in page(material, sections(material), tmp_path / "report.html")
+    for table in inspection_tables(inspect(str(tmp_path))):
+        print_table(table)
+    assert "two wordings: not kept by the version that wrote it" in capsys.readouterr().out
+
+
 def test_inspect_reads_a_proof(home, capsys):
     found = inspect(str(home / "proof"))
     assert found["kinds"] == ["proof"] and found["proof"] == load_proof(home / "proof")
