@@ -103,9 +103,10 @@ def _add_kind(found: dict[str, Any], material: Material, kind: Kind, places: Seq
     found["units"] += names
     if kind in scores.labels and kind not in MODEL_KINDS:
         found["names"] |= {name: scores.labels[kind][index] for name, index in zip(names, indices, strict=True)}
-    plan = material.plan
-    for expert in () if plan is None else plan.experts:
-        read = unit_coefficients(plan, scores, expert, kind) if plan is not None else None
+    if material.plan is None:
+        return
+    for expert in material.plan.experts:
+        read = unit_coefficients(material.plan, scores, expert, kind)
         held = [None] * len(places) if read is None else [rounded(each) for each in read[layers, indices].tolist()]
         found["coefficients"][expert] += held
 
