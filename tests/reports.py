@@ -1,9 +1,15 @@
 """Artifacts for the tests of reports: scores with given numbers, and what goes with them."""
 
+import base64
+import json
+import re
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from wpmerge.evaluation import Evaluation, ModelResult, Skill, only_type, score_of
 from wpmerge.plan import Coefficient, InputModel, Plan
@@ -20,6 +26,41 @@ from wpmerge.scores import (
 NASTY = "</script><img src=x onerror=alert(1)>{{title}}\"'&<b>"
 """What somebody may call a file or write into a prompt."""
 TYPES = ["keywords:existence", "punctuation:no_comma"]
+
+
+def data_of(page: str) -> dict[str, Any]:
+    """What a page's script draws and looks up."""
+    held = re.search(r'<script type="text/plain" id="data">(.*?)</script>', page, re.DOTALL)
+    assert held is not None
+    found: dict[str, Any] = json.loads(_inflated(held[1]))
+    look = found["lookup"]
+    shape = (len(look["maps"]), -1, len(look["units"]))
+    codes, ranks = (np.frombuffer(_inflated(look[each]), dtype=np.uint8).reshape(shape) for each in ("values", "ranks"))
+    joined = [int.from_bytes(bytes(each), "big") for each in _rows(codes)]
+    values = [number_of(each) for each in joined]
+    columns = len(look["maps"])
+    look["values"] = [values[start : start + columns] for start in range(0, len(values), columns)]
+    whole = [int.from_bytes(bytes(each), "big") for each in _rows(ranks)]
+    look["ranks"] = [whole[start : start + columns] for start in range(0, len(whole), columns)]
+    return found
+
+
+def _inflated(text: str) -> bytes:
+    return zlib.decompress(base64.b64decode(text))
+
+
+def _rows(planes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[columns, bytes, units] → [units · columns, bytes]."""
+    return planes.transpose(2, 0, 1).reshape(-1, planes.shape[1])
+
+
+def number_of(code: int) -> float | None:
+    """A score from its 16 bits."""
+    if code < 2:
+        return None if code == 0 else 0.0
+    above, digits = divmod(code - 2, 900)
+    exponent, negative = divmod(above, 2)
+    return float(f"{'-' if negative else ''}{digits + 100}e{exponent - 33}")
 
 
 def model(name: str) -> InputModel:

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import typer.main
 from families import QUICK, WORDS, word_tokenizer, write_home
 from transformers import AutoModelForCausalLM
 
 import wpmerge as wp
 from wpmerge import cli, cli_eval, cli_fuse, cli_merge
+from wpmerge.options import LEAST
 from wpmerge.run_recipe import Judging, MergeRule, Output, RunRecipe, Scoring
 from wpmerge.verify import verify
 
@@ -181,3 +183,30 @@ def test_an_expert_with_one_pad_token_more(home: Path, tmp_path: Path) -> None:
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("merged", "plain-merged")]
     assert weights[0] == weights[1]
     assert verify(tmp_path / "merged", sample=None).passed
+
+
+@pytest.mark.parametrize("name", list(LEAST))
+def test_counts_out_of_range_are_refused_as_the_commands_refuse_them(name: str, tmp_path: Path) -> None:
+    """Before anything is read: none of these inputs exists."""
+    calls: dict[str, Any] = {
+        "score": lambda **more: wp.score(
+            base="b", expert={"a": "a"}, capability={"a": "a.jsonl"}, out=tmp_path / "o", **more
+        ),
+        "fuse": lambda **more: wp.fuse("scores", out=tmp_path / "o", **more),
+        "merge": lambda **more: wp.merge("recipe.yml", out=tmp_path / "o", **more),
+        "evaluate": lambda **more: wp.evaluate({"m": "m"}, out=tmp_path / "o", **more),
+    }
+    taken = [each for each in calls if name in inspect.signature(getattr(wp, each)).parameters]
+    assert taken
+    for each in taken:
+        for bad in (LEAST[name] - 1, 1.5):
+            with pytest.raises(wp.WpmergeError, match=rf"{name} is out of range(.|\n)*{LEAST[name]}"):
+                calls[each](**{name: bad})
+        typed = typer.main.get_command(cli.app).commands["eval" if each == "evaluate" else each]  # type: ignore[attr-defined]
+        option = next(one for one in typed.params if one.name == name)
+        assert option.type.min == LEAST[name]
+
+
+def test_a_memory_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(wp.WpmergeError, match="max_memory is no size"):
+        wp.score(base="b", expert={"a": "a"}, capability={"a": "a.jsonl"}, out=tmp_path / "o", max_memory=0)

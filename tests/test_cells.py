@@ -88,6 +88,7 @@ def test_many_neurons_are_looked_up_by_their_cells():
     drawn = {"map": cells(scores, "neuron", panels(scores, "reference", "neuron"))}
     shown = units_shown(scores, "neuron", drawn, maps=3)
     assert len(shown) == 30 * 32 < 30 * 512
+    assert len(units_shown(scores, "neuron", drawn, maps=3, every=True)) == 30 * 512
     assert len(units_shown(scores, "head", {}, maps=3)) == 270
     assert units_shown(scores, "embedding", {}, maps=3) == [(0, 0)]
     few = units_shown(scores, "neuron", drawn, maps=1_000)

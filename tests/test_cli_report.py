@@ -1,12 +1,11 @@
 """`wpmerge report` on what the other commands wrote, as a user gives it."""
 
 import json
-import re
 from dataclasses import replace
 
 import pytest
 from families import write_family, write_prompts
-from reports import made_evaluation
+from reports import data_of, made_evaluation
 from typer.testing import CliRunner
 
 from wpmerge import cli
@@ -53,11 +52,6 @@ def options(home):
     return [part for name, where in names.items() for part in (f"--{name}", home / where)]
 
 
-def data_of(path):
-    text = path.read_text()
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
-
-
 def test_everything(home, tmp_path):
     result = run(home / "scores", *options(home), "--out", tmp_path / "r.html", "--json")
     assert result.exit_code == 0, result.output
@@ -65,7 +59,7 @@ def test_everything(home, tmp_path):
     assert said["out"] == str(tmp_path / "r.html") and said["bytes"] == (tmp_path / "r.html").stat().st_size < 5_000_000
     assert {"scores-head-reference", "coefficients-neuron", "proof-reference", "retention"} <= set(said["figures"])
     assert said["remarks"] == []
-    found = data_of(tmp_path / "r.html")["lookup"]
+    found = data_of((tmp_path / "r.html").read_text())["lookup"]
     # why a coefficient: the sentence of `fuse --explain`, word for word
     arguments = [
         "fuse",
@@ -93,6 +87,19 @@ def test_text_writes_no_file(home, tmp_path, monkeypatch):
     assert "a: reference" in result.stdout and "plan: rule proportional" in result.stdout
     assert "matched random" in result.stdout and "retention" in result.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_unit_is_explained_from_the_plan(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(home / "scores", "--plan", home / "plan", "--explain", "neuron.2.7", "--json")
+    assert result.exit_code == 0, result.output
+    (first, second) = json.loads(result.stdout)["explanations"]["neuron.2.7"]
+    assert first.startswith("a gets ") and " at neuron.2.7 " in first and "proportional" in second
+    assert list(tmp_path.iterdir()) == []
+    for arguments, said in ((["--explain", "neuron.2.7"], "no plan"), (["--explain", "lion"], "no such unit")):
+        plan = ["--plan", home / "plan"] if said == "no such unit" else []
+        result = run(home / "scores", *plan, *arguments)
+        assert result.exit_code == 2 and said in result.stderr, result.output
 
 
 def test_the_default_place(home, tmp_path, monkeypatch):

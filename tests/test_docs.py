@@ -1,7 +1,8 @@
-"""Every command in the docs: its names and options exist, and where the page says so it runs, on the family that ships.
+"""Every command in the docs: its names and options exist, and it runs here, or says itself why it cannot.
 
-Commands stand in ``sh`` blocks. ``<!-- runs in the tests -->`` before one runs it; ``<!-- needs a download -->`` and
-``<!-- needs a GPU -->`` say why one is not for every machine. All of them are parsed.
+Commands stand in ``sh`` blocks. ``<!-- runs in the tests -->`` before one runs it, on the family that ships. The first
+line of any other is a comment that readers see too: ``# needs a GPU``, ``# needs a download`` or ``# needs your own
+models``. All of them are parsed.
 """
 
 import doctest
@@ -17,16 +18,22 @@ from typing import Any
 import pytest
 import typer.main
 import yaml
+from reports import data_of
 from typer.testing import CliRunner
 
 from wpmerge import cli
+from wpmerge.plan import load_plan
+from wpmerge.replaying import unit_coefficients
 from wpmerge.run_recipe import RunRecipe
+from wpmerge.scores import load_scores
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- (?P<marker>[^>]*?) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)```", re.DOTALL)
 RUNS = "runs in the tests"
+NEEDS = re.compile(r"# needs (a GPU|a download|your own models)\b")
 OTHERS = {"pip", "make", "python"}
+NUMBER = r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ def name_of(block: Block) -> str:
 
 @pytest.mark.parametrize("block", blocks("sh"), ids=name_of)
 def test_commands_are_what_they_say(block: Block) -> None:
-    assert block.marker in ("", RUNS) or block.marker.startswith(("needs a download", "needs a GPU"))
+    assert block.marker in ("", RUNS)
     for words in block.commands:
         program, *rest = words
         if program == "wpmerge":
@@ -72,6 +79,28 @@ def test_commands_are_what_they_say(block: Block) -> None:
             assert rest and set(rest) <= set(targets)
         else:
             assert program in OTHERS, words
+
+
+@pytest.mark.parametrize("block", blocks("sh"), ids=name_of)
+def test_a_block_is_run_or_says_what_it_needs(block: Block) -> None:
+    assert (block.marker == RUNS) is not bool(NEEDS.match(block.text)), f"{block.page.name}: {block.text}"
+    if block.marker == RUNS:
+        assert {words[0] for words in block.commands} == {"wpmerge"}, "the tour runs nothing else"
+
+
+def test_a_block_without_a_mark_is_found() -> None:
+    unmarked = BLOCK.search("```sh\nwpmerge inspect scores\n```")
+    assert unmarked and not unmarked["marker"] and not NEEDS.match(unmarked["text"])
+    for line in ("# needs a GPU", "# needs a download: of a model", "# needs your own models, scored"):
+        assert NEEDS.match(f"{line}\nwpmerge inspect scores\n")
+    assert not NEEDS.match("wpmerge inspect scores  # needs a GPU\n")
+
+
+def test_modules_that_pages_run_are_there() -> None:
+    named = {name for page in PAGES for name in re.findall(r"`python -m (benchmarks\.[\w.]+)", page.read_text())}
+    assert len(named) >= 2
+    for name in named:
+        assert find_spec(name) is not None, name
 
 
 def parse(words: list[str]) -> None:
@@ -111,13 +140,42 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_tour_runs(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(bench)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    ran = 0
+    said = {}
     for block in blocks("sh"):
         for words in block.commands if block.marker == RUNS else []:
             result = CliRunner().invoke(cli.app, words[1:])
             assert result.exit_code == 0, f"{' '.join(words)}\n{result.output}"
-            ran += 1
-    assert ran >= 8 and (bench / "tour" / "evaluation" / "evaluation.json").is_file()
+            said[" ".join(words[1:5])] = result.output
+    assert len(said) >= 8 and (bench / "tour" / "evaluation" / "evaluation.json").is_file()
+    check_the_sentences(bench / "tour", " ".join(said["fuse tour/scores --out tour/merged"].split()))
+
+
+def check_the_sentences(tour: Path, said: str) -> None:
+    """The page says of a unit's coefficients what `fuse --explain` said, and what it says adds up to them."""
+    why = data_of((tour / "report.html").read_text())["lookup"]["why"]["head.1.0"]
+    values = unit_coefficients_of(tour)
+    assert len(why) == len(values) == 2
+    for sentence in why:
+        assert " ".join(sentence.split()) in said
+        parts = re.match(
+            rf"(\w+) gets ({NUMBER}) at .*?: refine, from ({NUMBER}) by ({NUMBER}) with the whole expert, "
+            rf"({NUMBER}) with its block and ({NUMBER}) on its own = ({NUMBER}), (not clipped|clipped to {NUMBER}), ",
+            sentence,
+        )
+        assert parts, sentence
+        expert, *numbers, clipped = parts.groups()
+        value, start, whole, block, own, total = map(float, numbers)
+        assert value == pytest.approx(values[expert], abs=1e-3)
+        assert total == pytest.approx(start + whole + block + own, abs=2e-3)
+        assert min(1.5, max(0.0, total)) == pytest.approx(value, abs=1e-3)
+        assert (clipped == "not clipped") is (0.0 <= total <= 1.5)
+
+
+def unit_coefficients_of(tour: Path) -> dict[str, float]:
+    """Expert → the coefficient of head.1.0, as the merge has it."""
+    plan, scores = load_plan(tour / "merged"), load_scores(tour / "scores")
+    found = {expert: unit_coefficients(plan, scores, expert, "head") for expert in plan.experts}
+    return {expert: float(values[1, 0]) for expert, values in found.items() if values is not None}
 
 
 def test_the_notebook_runs(bench: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

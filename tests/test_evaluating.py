@@ -282,6 +282,12 @@ def test_a_skill_of_no_evaluated_task_is_refused_before_any_work(data: dict[str,
             run({"m": never}, None, data, base="m", skills={"s": Skill(expert="m", metric=metric)})
 
 
+def test_a_skill_of_no_such_metric_is_refused_before_any_work(data: dict[str, Path]) -> None:
+    for metric in ("ifeval/prompt_strict_acc", "ifeval/none", f"{STRICT},none", "ifeval/loose/no_comma"):
+        with pytest.raises(EvaluationError, match=rf"none of its task(.|\n)*{metric}(.|\n)*{STRICT}"):
+            run({"m": never}, None, data, base="m", skills={"s": Skill(expert="m", metric=metric)})
+
+
 def test_one_run_at_a_time_and_only_its_own_records_are_removed(tmp_path: Path, data: dict[str, Path]) -> None:
     out, work = tmp_path / "out", tmp_path / ".out.models"
 
@@ -350,8 +356,6 @@ def test_refusals_of_names_and_lengths(data: dict[str, Path]) -> None:
     for names in ({"reference": "x"}, {"base": "x"}, {"skills": {"s": Skill(expert="x", metric=STRICT)}}):
         with pytest.raises(EvaluationError, match=r"no such model(.|\n)*x"):
             run(models, None, data, **names)
-    with pytest.raises(EvaluationError, match="no outcomes of such a metric"):
-        run(models, None, data, base="m", skills={"s": Skill(expert="m", metric="ifeval/none")})
     with pytest.raises(EvaluationError, match=r"whole window(.|\n)*1280 new tokens(.|\n)*fewer than 128"):
         run(models, None, data, settings=HarnessSettings())
 

@@ -7,7 +7,7 @@ import pytest
 from test_recipes import LLAMA2, SMOLLM2
 
 from wpmerge.capability import Capability, Prompt
-from wpmerge.forecast import Workload, fusing_needs, judging_needs, longest, scoring_needs, workload
+from wpmerge.forecast import LINEAR, Workload, fusing_needs, judging_needs, longest, scoring_needs, workload
 from wpmerge.run_recipe import Judging, MergeRule, Output, RunRecipe, Scoring
 from wpmerge.sources import Source
 
@@ -63,6 +63,15 @@ def test_scoring_grows_with_what_it_grows_with() -> None:
         assert (scoring_needs(changed).seconds or 0) > seconds
     fewer = scoring_needs(work(LLAMA2, experts=("math",))).seconds
     assert fewer is not None and fewer < seconds / 3
+
+
+def test_choosing_the_readout_costs_a_linear_run_of_each_candidate() -> None:
+    one, auto = work(scoring=Scoring(readout=["reference"])), work(scoring=Scoring(readout=["auto"]))
+    # 160 characters are 40 tokens; reference and divergence also read a reply of 96; three capabilities, 32 prompts
+    more = LINEAR * 32 * 3 * (40 + 96 + 40 + 96 + 40) * one.billions
+    assert (scoring_needs(auto).seconds or 0) - (scoring_needs(one).seconds or 0) == pytest.approx(more)
+    kept = replace(auto, recipe=auto.recipe.model_copy(update={"retain": dict.fromkeys(EXPERTS, "math")}))
+    assert (scoring_needs(one).seconds or 0) == pytest.approx(scoring_needs(kept).seconds)
 
 
 def test_streaming_takes_less_memory_and_a_bound_is_believed() -> None:

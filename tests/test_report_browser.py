@@ -118,6 +118,31 @@ def test_a_click_opens_the_unit_in_every_map(browser, url):
     assert panel(browser).startswith(name)
 
 
+def test_every_unit_of_a_large_model_opens(browser, tmp_path):
+    from dataclasses import replace
+
+    material = whole(layers=12, heads=4, neurons=700, names=("a", "b"))
+    paths = {name: Path(name) for name in ("scores", "plan", "evaluation", "proof", "bench")}
+    made = write_report(replace(material, paths=paths), out=tmp_path / "large.html")
+    assert made["bytes"] < 5_000_000
+    opened(browser, (tmp_path / "large.html").as_uri())
+    browser.execute_script("document.getElementById('pick-kind').value = 'neuron'")
+    layer, index = (browser.find_element("id", f"pick-{name}") for name in ("layer", "index"))
+    layer.clear()
+    layer.send_keys("11")
+    index.clear()
+    index.send_keys("699")
+    said = panel(browser)
+    assert said.startswith("neuron.11.699"), said
+    value = float(material.scores.array("a", "b", "neuron")[11, 699])
+    assert f"{float(f'{value:.3g}'):g}" in said and "rank" in said and "Coefficients of the merge" in said, said
+    assert "In the same cell" in said and "has room for" not in said
+    button = browser.find_element("css selector", "#unit h4 + p button")
+    name = button.text
+    button.send_keys("\n")
+    assert panel(browser).startswith(name)
+
+
 def test_keys_reach_units(browser, url):
     from selenium.webdriver.common.keys import Keys
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from families import QUICK, write_home, write_prompts
 
-from wpmerge import running
+from wpmerge import run_record, running
 from wpmerge.errors import WpmergeError
 from wpmerge.evaluation import load_evaluation
 from wpmerge.merging import merge_recipe
@@ -241,7 +241,7 @@ def _fail(*_: object, **__: object) -> None:
 
 
 def test_a_second_run_in_the_same_directory_is_refused(home: Path, out: Path) -> None:
-    with running._locked(out):
+    with run_record.locked(out):
         assert "another run is at work" in refusal(home, out)
 
 

@@ -106,6 +106,17 @@ def score(
       where: sums.jsonl
       ...
     """
+    options.check_counts(
+        prompts=prompts,
+        held_out=held_out,
+        reference_tokens=reference_tokens,
+        top_k=top_k,
+        random_sample=random_sample,
+        verify_prompts=verify_prompts,
+        integrated_points=integrated_points,
+        layer=layer,
+        tokens_per_row=tokens_per_row,
+    )
     settings = ScoreSettings(
         readouts=options.all_of("readout", readout, get_args(AskedReadout)),
         prompts=prompts,
@@ -118,7 +129,7 @@ def score(
         cross=cross,
         estimators=options.all_of("estimator", ["linear", *estimator], get_args(EstimatorName)),
         directions=options.all_of("direction", ["sufficiency", *direction], DIRECTIONS),
-        max_memory=options.byte_size("max_memory", max_memory) if isinstance(max_memory, str) else max_memory,
+        max_memory=None if max_memory is None else _size("max_memory", max_memory),
         integrated_points=integrated_points,
         layer=layer,
         accept_anchor=accept_anchor,
@@ -216,6 +227,7 @@ def fuse(
     Raises:
         WpmergeError: scores, models, settings or output cannot be used; nothing is written under ``out`` then.
     """
+    options.check_counts(steps=steps, batch=batch, evaluations=evaluations, threads=threads)
     settings, operator = fuse_settings(
         rule=rule,
         granularity=granularity,
@@ -321,6 +333,7 @@ def merge(
     Raises:
         WpmergeError: recipe, plan, models or output cannot be used; nothing is written under ``out`` then.
     """
+    options.check_counts(threads=threads)
     path, places = Path(recipe), _texts(model)
     whose = None if vocab is None else options.one_of("vocab", vocab, ("base", "largest"))
     by = options.one_of("engine", engine, ("wpmerge", "mergekit"))
@@ -398,6 +411,7 @@ def evaluate(
     Raises:
         WpmergeError: a model, task or output cannot be used; nothing is written under ``out`` then.
     """
+    options.check_counts(max_gen_tokens=max_gen_tokens, limit=limit)
     models, plans, skills = _texts(model), _texts(plan), dict(skill or {})
     if unknown := [name for name in skills if name not in models and name not in plans]:
         raise WpmergeError("skill names no evaluated model", got=unknown[0], expected=", ".join(models))

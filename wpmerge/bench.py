@@ -283,6 +283,7 @@ class _Run:
             rule=rule,
             granularity=outcome.grouping.granularity,
             provenance=outcome.record,
+            steps=outcome.steps,
         )
 
 

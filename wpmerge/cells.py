@@ -168,28 +168,29 @@ def kinds_of(scores: Scores) -> list[Kind]:
 
 
 UNITS = 3000
-"""Units of a kind up to which all of them can be looked up in a report."""
+"""Units of a kind up to which all of them can be looked up in any report."""
 NUMBERS = 180_000
-"""Scores of a kind, units times maps, that a report can be asked about: more would make it too large."""
+"""Scores of a kind, units times maps, that a report which cannot hold every unit can be asked about."""
 
 
 def units_shown(
-    scores: Scores, kind: Kind, drawn: Mapping[str, Sequence[Mapping[str, Any]]], *, maps: int
+    scores: Scores, kind: Kind, drawn: Mapping[str, Sequence[Mapping[str, Any]]], *, maps: int, every: bool = False
 ) -> list[tuple[int, int]]:
     """Layer and index of the units of a kind that a report can be asked about.
 
-    All of them if they are not many; otherwise the verified ones, and those that a cell shows, an expert's on its own
-    capability first and large ones before small ones, as many as there is room for.
+    All of them if they are not many, or with ``every``; otherwise the verified ones, and those that a cell shows, an
+    expert's on its own capability first and large ones before small ones, as many as there is room for.
 
     Args:
         scores: where they have scores.
         kind: of unit.
         drawn: the cells of every map that was drawn, by any key.
         maps: how many scores each unit brings with it.
+        every: there is room for every unit.
     """
     layers, count = next(array.shape for key, array in scores.arrays.items() if key.endswith(f"/{kind}"))
     most = max(100, NUMBERS // max(1, maps))
-    if layers * count <= min(UNITS, most):
+    if every or layers * count <= min(UNITS, most):
         return [(layer, index) for layer in range(layers) for index in range(count)]
     order: dict[str, None] = {}
     for record in scores.readouts.values():

@@ -108,18 +108,33 @@ def score(
             "one whose scores best foretell the behaviour on other prompts, for each capability.",
         ),
     ] = ["reference", "anchor"],  # noqa: B006 - typer reads it, nothing changes it
-    prompts: Annotated[int, typer.Option(metavar="N", min=4, help="Prompts per capability to score on.")] = 32,
+    prompts: Annotated[
+        int, typer.Option(metavar="N", min=options.LEAST["prompts"], help="Prompts per capability to score on.")
+    ] = 32,
     held_out: Annotated[
-        int, typer.Option(metavar="N", min=4, help="More prompts per capability, to choose scales on.")
+        int,
+        typer.Option(
+            metavar="N", min=options.LEAST["held_out"], help="More prompts per capability, to choose scales on."
+        ),
     ] = 16,
-    reference_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Longest reference, tokens.")] = 96,
+    reference_tokens: Annotated[
+        int, typer.Option(metavar="N", min=options.LEAST["reference_tokens"], help="Longest reference, tokens.")
+    ] = 96,
     top_k: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Strongest units of each kind to verify by exact patching.")
+        int,
+        typer.Option(
+            metavar="N", min=options.LEAST["top_k"], help="Strongest units of each kind to verify by exact patching."
+        ),
     ] = 32,
     random_sample: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Random other units of each kind to verify.")
+        int,
+        typer.Option(
+            metavar="N", min=options.LEAST["random_sample"], help="Random other units of each kind to verify."
+        ),
     ] = 64,
-    verify_prompts: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts per capability to verify on.")] = 4,
+    verify_prompts: Annotated[
+        int, typer.Option(metavar="N", min=options.LEAST["verify_prompts"], help="Prompts per capability to verify on.")
+    ] = 4,
     kind: Annotated[
         list[str] | None,
         typer.Option(
@@ -146,18 +161,24 @@ def score(
             "the base.",
         ),
     ] = ["sufficiency"],  # noqa: B006
-    integrated_points: Annotated[int, typer.Option(metavar="N", min=1, help="Points of the integrated estimator.")] = 4,
+    integrated_points: Annotated[
+        int,
+        typer.Option(metavar="N", min=options.LEAST["integrated_points"], help="Points of the integrated estimator."),
+    ] = 4,
     layer: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=0, help="Layer to read every anchor after, from 0. Default: chosen by reliability."
+            metavar="N",
+            min=options.LEAST["layer"],
+            help="Layer to read every anchor after, from 0. Default: chosen by reliability.",
         ),
     ] = None,
     accept_anchor: Annotated[
         bool, typer.Option("--accept-anchor", help="Go on with an anchor or a gap that is not reliable. Default: off.")
     ] = False,
     tokens_per_row: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Tokens packed into one row; sets memory.")
+        int,
+        typer.Option(metavar="N", min=options.LEAST["tokens_per_row"], help="Tokens packed into one row; sets memory."),
     ] = 384,
     seed: Annotated[int, typer.Option(metavar="N", help="Of prompt splits and random draws.")] = 0,
     vocab: Annotated[

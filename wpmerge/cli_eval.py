@@ -63,10 +63,14 @@ def evaluate(
     ] = None,
     batch_size: Annotated[str, typer.Option(metavar="N", help="Prompts run together, or auto.")] = "16",
     max_gen_tokens: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Longest response, tokens. Default: each task's own.")
+        int | None,
+        typer.Option(
+            metavar="N", min=options.LEAST["max_gen_tokens"], help="Longest response, tokens. Default: each task's own."
+        ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="First documents of each task. Default: all.")
+        int | None,
+        typer.Option(metavar="N", min=options.LEAST["limit"], help="First documents of each task. Default: all."),
     ] = None,
     device: Annotated[
         str | None,

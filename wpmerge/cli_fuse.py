@@ -1,6 +1,6 @@
 """``wpmerge fuse``: scores to coefficients, a plan, a recipe and a merged checkpoint."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -51,9 +51,16 @@ def fuse(
         float, typer.Option(metavar="MU", help="Of joint: what leaving the scales costs, 1e-6 to 1e6.")
     ] = 1.0,
     steps: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Of refine: steps, each a forward and backward run per capability.")
+        int,
+        typer.Option(
+            metavar="N",
+            min=options.LEAST["steps"],
+            help="Of refine: steps, each a forward and backward run per capability.",
+        ),
     ] = 16,
-    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Of refine: prompts per capability and step.")] = 6,
+    batch: Annotated[
+        int, typer.Option(metavar="N", min=options.LEAST["batch"], help="Of refine: prompts per capability and step.")
+    ] = 6,
     ridge: Annotated[
         float, typer.Option(metavar="X", help="Of refine: pull back to the start at each step, as a share, 0 to 1.")
     ] = 0.0,
@@ -69,7 +76,10 @@ def fuse(
         typer.Option(metavar="X", help="What a merge may lose on a retain set, nats per token below the base."),
     ] = 0.02,
     evaluations: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Merges run on held-out prompts to choose the numbers.")
+        int,
+        typer.Option(
+            metavar="N", min=options.LEAST["evaluations"], help="Merges run on held-out prompts to choose the numbers."
+        ),
     ] = 24,
     seed: Annotated[int, typer.Option(metavar="N", help="Of refine's draws of prompts, and of what dare drops.")] = 0,
     explain: Annotated[
@@ -156,7 +166,7 @@ def fuse(
         "held_out_lost": dict(result.lost),
         "explanations": {k: list(v) for k, v in result.explanations.items()},
     }
-    tables = [*summaries.fuse_tables(summary), *_lost(result.lost), *_explained(result.explanations)]
+    tables = [*summaries.fuse_tables(summary), *_lost(result.lost), *summaries.explanation_tables(result.explanations)]
     console.show(summary, tables, as_json=as_json)
 
 
@@ -164,12 +174,3 @@ def _lost(lost: Mapping[str, float]) -> list[console.Table]:
     rows = [(name, console.number(value)) for name, value in lost.items()]
     title = "retain sets: what the merge loses on held-out prompts, nats per token below the base"
     return [console.Table(title=title, header=("retain set", "lost"), rows=rows)] if rows else []
-
-
-def _explained(explanations: Mapping[str, Sequence[str]]) -> list[console.Table]:
-    return [
-        console.Table(
-            title=f"why {name} gets what it gets", header=("coefficient",), rows=[(text,) for text in sentences]
-        )
-        for name, sentences in explanations.items()
-    ]

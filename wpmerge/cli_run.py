@@ -107,13 +107,13 @@ def _show_finished(run: "Run", finished: "list[Finished]", *, as_json: bool) -> 
 
 def dry_summary(run: "Run", recipe: Path) -> dict[str, Any]:
     """What a run would do and take, as JSON values; what is not known is null."""
-    from wpmerge import forecast, running
+    from wpmerge import forecast, run_record, running
 
     sources = running.sources_of(run)
     there = {name: source.path if source.complete else None for name, source in sources.items()}
     stages = running.stages_of(run, there)
-    record = running.read_record(run.out)
-    states = {stage.name: running.state_of(stage, record) for stage in stages}
+    record = run_record.read_record(run.out)
+    states = {stage.name: run_record.state_of(stage, record) for stage in stages}
     work = forecast.workload(run.recipe, sources, run.capabilities)
     needs = {} if work is None else {"score": forecast.scoring_needs(work), "fuse": forecast.fusing_needs(work)}
     if work is not None and run.recipe.evaluation is not None:

@@ -13,7 +13,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -89,7 +89,7 @@ def evaluate(
     Raises:
         EvaluationError: see :func:`wpmerge.tasks.load_tasks`, :func:`wpmerge.harness.check_weights` and
             :func:`wpmerge.harness.run_model`; an unknown name among ``reference``, ``base`` and ``skills``, or a skill
-            whose task is not evaluated; models judged on different documents.
+            whose task is not evaluated or has no such metric; models judged on different documents.
         CheckpointError: a model is neither a directory nor obtainable from the hub.
         OutputError: ``out`` cannot be written, or another run is writing it.
     """
@@ -132,7 +132,7 @@ def evaluate(
             },
         )
         for skill in skills.values():
-            evaluation.outcomes(skill.expert, skill.metric)  # refuses an unknown metric before anything is written
+            evaluation.outcomes(skill.expert, skill.metric)  # refuses one without a number per document
         if out is not None:
             _write(evaluation, finished, out, overwrite=overwrite)
         for record in records:
@@ -164,7 +164,8 @@ def _check_names(
 
 
 def _check_skills(skills: Mapping[str, Skill], suite: TaskSuite) -> None:
-    """Refuse a skill of a task that is not evaluated, before any model is run."""
+    """Refuse a skill of a task that is not evaluated, or of a metric that it has not, before any model is run."""
+    metrics = _metrics(suite)
     for skill in skills.values():
         task, slash, _ = skill.metric.partition("/")
         if task not in {*suite.leaves, *suite.groups} or not slash:
@@ -175,6 +176,30 @@ def _check_skills(skills: Mapping[str, Skill], suite: TaskSuite) -> None:
                 got=skill.metric,
                 expected=f"TASK/METRIC with TASK one of {', '.join(near)}",
             )
+        known = metrics[task]
+        whole = "/".join(skill.metric.split("/")[:2])  # IFEval's may end in an instruction's id
+        if known and skill.metric not in known and whole not in known:
+            near = difflib.get_close_matches(whole, known, n=3) or known[:10]
+            raise EvaluationError("a skill's metric is none of its task", got=skill.metric, expected=", ".join(near))
+
+
+def _metrics(suite: TaskSuite) -> dict[str, list[str]]:
+    """Task or group → its metrics as an evaluation names them, as far as lm-eval's task declares any."""
+    found = {name: _metric_names(name, task.aggregation(), _filters(task)) for name, task in suite.leaves.items()}
+    for name, group in suite.groups.items():
+        aggregated = [each.metric for each in group.aggregate_metric_list or ()]
+        filters = [each for task in group.get_all_tasks() for each in _filters(task)]
+        found[name] = _metric_names(name, aggregated, filters)
+    return found
+
+
+def _metric_names(task: str, metrics: Iterable[str], filters: Sequence[str]) -> list[str]:
+    ends = ["" if each == "none" else f",{each}" for each in dict.fromkeys(filters)]
+    return [f"{task}/{metric}{end}" for metric in metrics for end in ends]
+
+
+def _filters(task: Any) -> list[str]:
+    return [each.name for each in getattr(task, "_filters", ())] or ["none"]
 
 
 def _named(progress: Callable[[str, int, int], None], name: str) -> Progress:

@@ -22,7 +22,7 @@ def explain_many(outcome: RuleOutcome, layout: Layout, names: Sequence[str]) -> 
         RecipeError: there is no such unit or group.
     """
     find = _finder(layout, outcome.grouping)
-    blocks = block_of_groups(layout, outcome.grouping) if outcome.refined is not None else None
+    blocks = block_of_groups(layout, outcome.grouping) if outcome.steps is not None else None
     return {
         name: tuple(_sentence(outcome, blocks, expert, group) for group in find(name) for expert in outcome.scales)
         for name in names
@@ -87,7 +87,7 @@ def _sentence(outcome: RuleOutcome, blocks: Blocks, expert: str, group: int) -> 
 def _formula(outcome: RuleOutcome, blocks: Blocks, number: int, group: int, expert: str) -> str:
     rule, scale = outcome.settings.rule, outcome.scales[expert]
     if rule == "refine":
-        return _refined(outcome, blocks, number, group)
+        return _refined(outcome, blocks, expert, number, group)
     if rule in ("uniform", "scaled"):
         whose = "common" if rule == "uniform" else "expert's"
         return f"{rule}, the {whose} scale {scale:.4g}" + _clipped(outcome, scale)
@@ -142,22 +142,17 @@ def _joint(outcome: RuleOutcome, number: int, group: int, scale: float) -> str:
     )
 
 
-def _refined(outcome: RuleOutcome, blocks: Blocks, number: int, group: int) -> str:
-    refined, start = outcome.refined, list(outcome.scales.values())[number]
-    if refined is None or blocks is None:  # of a plan, which keeps where the steps ended only
+def _refined(outcome: RuleOutcome, blocks: Blocks, expert: str, number: int, group: int) -> str:
+    steps, start = outcome.steps, outcome.scales[expert]
+    if steps is None or blocks is None:  # of a plan of schema version 1, which keeps where the steps ended only
         value = float(outcome.values[number, group])
         return f"refine, moved from {start:.4g} by {value - start:+.3g}" + _bounded(outcome, value)
-    block = blocks[group]
-    parts = (
-        float(refined.parts.expert[number, 0]),
-        float(refined.parts.block[number, block]),
-        float(refined.parts.group[number, group]),
-    )
-    best = refined.checks[refined.best]
+    added = steps.added[expert]
+    parts = (added.expert, float(added.block[blocks[group]]), float(added.group[group]))
     return (
         f"refine, from {start:.4g} by {parts[0]:+.3g} with the whole expert, {parts[1]:+.3g} with its block and "
         f"{parts[2]:+.3g} on its own = {start + sum(parts):.4g}" + _clipped(outcome, start + sum(parts)) + ", "
-        f"{best.step} steps in" + (" (averaged over the second half)" if best.averaged else "")
+        f"{steps.step} steps in" + (" (averaged over the second half)" if steps.averaged else "")
     )
 
 

@@ -15,6 +15,7 @@ from wpmerge.capability import Capability
 from wpmerge.memory import HELD_BYTES, least_memory, resident_bytes, resident_weights
 from wpmerge.models import layout_from
 from wpmerge.options import byte_size
+from wpmerge.reliability import CANDIDATES
 from wpmerge.run_recipe import EVALUATED, Judging, RunRecipe
 from wpmerge.sources import Source, itemsize, parameters, shapes_of
 
@@ -134,6 +135,9 @@ def scoring_needs(work: Workload) -> Needs:
             runs = 1 + ("integrated" in settings.estimator) * settings.integrated_points
             runs *= len(set(settings.direction) | {"sufficiency"})
             seconds += LINEAR * settings.prompts * each * runs * work.each_expert
+            if readout == "auto":  # before: every candidate on both halves of the prompts, the own expert alone
+                read = (_tokens(capability, settings.reference_tokens, anchor=one == "anchor") for one in CANDIDATES)
+                seconds += LINEAR * settings.prompts * sum(read)
             seconds += EXACT * settings.verify_prompts * each * units
     arrays = sum(math.prod(work.layout.shape(kind)) for kind in KINDS if kind in work.layout.counts)
     estimates = len(recipe.experts) + len(settings.estimator) * len(settings.direction)

@@ -124,6 +124,7 @@ def fuse(
         rule=settings.rule,
         granularity=settings.level,
         operator=operator,
+        steps=outcome.steps,
         provenance=provenance(settings, started, device=device, **outcome.record),
     )
     tell("recipe", 0, 1)

@@ -17,6 +17,24 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("bfloat16", "float16", "float32")
+LEAST: Mapping[str, int] = {
+    "prompts": 4,
+    "held_out": 4,
+    "reference_tokens": 1,
+    "top_k": 0,
+    "random_sample": 0,
+    "verify_prompts": 1,
+    "integrated_points": 1,
+    "layer": 0,
+    "tokens_per_row": 1,
+    "steps": 0,
+    "batch": 1,
+    "evaluations": 1,
+    "threads": 1,
+    "max_gen_tokens": 1,
+    "limit": 1,
+}
+"""The least values of score's, fuse's, merge's and eval's counts, for commands, recipes and functions alike."""
 
 Overwrite = Annotated[
     bool,
@@ -49,7 +67,9 @@ Dtype = Annotated[
 ShardSize = Annotated[
     str, typer.Option(metavar="SIZE", help="Most weights per file, in bytes, KB, MB, GB, MiB or GiB.")
 ]
-Threads = Annotated[int, typer.Option(metavar="N", min=1, help="Blocks merged at a time, a thread each.")]
+Threads = Annotated[
+    int, typer.Option(metavar="N", min=LEAST["threads"], help="Blocks merged at a time, a thread each.")
+]
 AllowNan = Annotated[bool, typer.Option("--allow-nan", help="Let numbers pass that are not finite. Default: off.")]
 Inputs = Annotated[
     list[str] | None,
@@ -176,6 +196,19 @@ def one_of(option: str, value: str, allowed: Sequence[str]) -> Any:
     near = difflib.get_close_matches(value, allowed, n=1)
     mend = f"did you mean {near[0]}?" if near else None
     raise WpmergeError(f"{option} has no such value", got=repr(value), expected=", ".join(allowed), mend=mend)
+
+
+def check_counts(**given: int | None) -> None:
+    """Refuse a count below its least value; None stands for a default of its own.
+
+    Raises:
+        WpmergeError: names the first.
+    """
+    for name, value in given.items():
+        if value is not None and (not isinstance(value, int) or value < LEAST[name]):
+            raise WpmergeError(
+                f"{name} is out of range", got=repr(value), expected=f"a whole number from {LEAST[name]} on"
+            )
 
 
 def all_of(option: str, values: Sequence[str], allowed: Sequence[str]) -> tuple[Any, ...]:

@@ -1,13 +1,14 @@
 """The Plan artifact: every coefficient of a merge, with where it came from.
 
 On disk a directory with ``plan.safetensors`` (keys ``{expert}/{tensor name}``, float32, a scalar or a vector) and
-``plan.json`` (schema version, the axis of each vector, rule, operator, inputs with content hashes, provenance).
+``plan.json`` (schema version, the axis of each vector, rule, operator, inputs with content hashes, provenance). Of rule
+``refine`` both also keep what its steps added, so that a coefficient can be explained long after.
 """
 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,7 +28,11 @@ from wpmerge.tensorfile import SafetensorsFile
 if TYPE_CHECKING:
     import pandas
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READ = (1, 2)
+"""Versions that are read: the first has no steps."""
+STEPS = "@steps"
+"""What the keys of steps begin with, where coefficients' begin with an expert's name."""
 BASE = "base"  # the base's name among checkpoints; no expert may bear it
 _EXPERT_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
@@ -92,6 +97,36 @@ class Operator:
             raise RecipeError("no density for this operator", where=self.method, got=self.density)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Added:
+    """What the steps of ``refine`` added to one expert's coefficients, float32.
+
+    Attributes:
+        expert: to all of them.
+        block: to those of a block, by :func:`~wpmerge.coefficients.block_of_groups`.
+        group: to those of a group alone, in the order of :func:`~wpmerge.coefficients.make_grouping`.
+    """
+
+    expert: float
+    block: Float[Tensor, " B"]
+    group: Float[Tensor, " G"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Steps:
+    """How ``refine`` came to its coefficients: each is its start and what was added, clipped to [0, λ_max].
+
+    Attributes:
+        step: after how many steps.
+        averaged: over the second half of the steps.
+        added: by expert.
+    """
+
+    step: int
+    averaged: bool
+    added: Mapping[str, Added]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Every coefficient of a merge: merged tensor = base + Σ_e coefficient[e] · (expert_e - base).
@@ -106,6 +141,7 @@ class Plan:
         granularity: the finest level at which they differ; ``tensor`` and ``expert`` have scalars only.
         provenance: settings, seeds, versions, times; JSON values.
         operator: what combines the weighted task vectors.
+        steps: of rule ``refine``; None of another, and of plans that were written before they were kept.
 
     Raises:
         RecipeError: an expert without coefficients or with other tensors than the rest, a number that is not finite.
@@ -118,6 +154,7 @@ class Plan:
     granularity: Granularity
     provenance: Mapping[str, Any] = field(default_factory=dict)
     operator: Operator = field(default_factory=Operator)
+    steps: Steps | None = None
 
     def __post_init__(self) -> None:
         if not self.experts or set(self.experts) != set(self.coefficients):
@@ -183,6 +220,8 @@ class Plan:
             for name, coefficient in tensors.items()
             if coefficient.axis is not None
         }
+        for expert, added in ({} if self.steps is None else self.steps.added).items():
+            arrays |= {f"{STEPS}/{expert}/block": added.block.clone(), f"{STEPS}/{expert}/group": added.group.clone()}
         header = _PlanFile(
             schema_version=SCHEMA_VERSION,
             rule=self.rule,
@@ -192,6 +231,7 @@ class Plan:
             base=_InputFile(**asdict(self.base)),
             experts={name: _InputFile(**asdict(expert)) for name, expert in self.experts.items()},
             axes=axes,
+            steps=None if self.steps is None else _steps_file(self.steps),
             provenance=dict(self.provenance),
         )
         write_file(directory / "plan.safetensors", safetensors.torch.save(arrays))
@@ -208,6 +248,12 @@ class _InputFile(_Strict):
     adapter: bool
 
 
+class _StepsFile(_Strict):
+    step: int
+    averaged: bool
+    expert: dict[str, float]
+
+
 class _PlanFile(_Strict):
     """``plan.json``."""
 
@@ -219,7 +265,13 @@ class _PlanFile(_Strict):
     base: _InputFile
     experts: dict[str, _InputFile]
     axes: dict[str, int]
+    steps: _StepsFile | None = None
     provenance: dict[str, Any]
+
+
+def _steps_file(steps: Steps) -> _StepsFile:
+    whole = {name: added.expert for name, added in steps.added.items()}
+    return _StepsFile(step=steps.step, averaged=steps.averaged, expert=whole)
 
 
 def input_model(checkpoint: Checkpoint) -> InputModel:
@@ -244,12 +296,12 @@ def load_plan(directory: Path) -> Plan:
             expected="plan.json, plan.safetensors",
         ) from None
     where = directory / "plan.json"
-    if raw.get("schema_version") != SCHEMA_VERSION:
+    if raw.get("schema_version") not in READ:
         raise RecipeError(
             "a plan of an unknown schema version",
             where=where,
             got=raw.get("schema_version"),
-            expected=SCHEMA_VERSION,
+            expected=" or ".join(map(str, READ)),
             mend="use the version of wpmerge that wrote it",
         )
     try:
@@ -259,6 +311,8 @@ def load_plan(directory: Path) -> Plan:
     coefficients: dict[str, dict[str, Coefficient]] = {name: {} for name in header.experts}
     for key, info in arrays.tensors.items():
         expert, _, tensor = key.partition("/")
+        if expert == STEPS and header.steps is not None:
+            continue
         if expert not in coefficients:
             raise RecipeError("a plan holds coefficients of an unknown expert", where=arrays.path, got=key)
         values = arrays.read(key, 0, info.numel).view(info.shape)
@@ -273,7 +327,19 @@ def load_plan(directory: Path) -> Plan:
         granularity=header.granularity,
         provenance=header.provenance,
         operator=_operator(header, where),
+        steps=None if header.steps is None else _steps(header.steps, list(header.experts), arrays),
     )
+
+
+def _steps(header: _StepsFile, experts: Sequence[str], arrays: SafetensorsFile) -> Steps:
+    added = {}
+    for name in experts:
+        held = {level: arrays.tensors.get(f"{STEPS}/{name}/{level}") for level in ("block", "group")}
+        found = {level: arrays.read(info.name, 0, info.numel) for level, info in held.items() if info is not None}
+        if len(found) < len(held) or name not in header.expert:
+            raise RecipeError("a plan lacks the steps of an expert", where=arrays.path, got=name)
+        added[name] = Added(expert=header.expert[name], **found)
+    return Steps(step=header.step, averaged=header.averaged, added=added)
 
 
 def _operator(header: _PlanFile, where: Path) -> Operator:

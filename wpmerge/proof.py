@@ -10,6 +10,12 @@ from wpmerge.errors import WpmergeError
 
 SCHEMA_VERSION = 1
 FILE = "proof.json"
+CONDITIONS: Mapping[str, str] = {
+    "paraphrases": "two wordings",
+    "seeds": "other draws of prompts",
+    "layers": "nearby layers",
+}
+"""What rank stability is asked over, beside prompts, and in words."""
 
 
 def load_proof(path: Path) -> dict[str, Any]:
@@ -33,7 +39,7 @@ def load_proof(path: Path) -> dict[str, Any]:
             for curves in each["readouts"].values():
                 for curve in ("transplant", "revert"):
                     _ = curves[curve]["random"], curves[curve]["rankings"]["linear"]["recovered"]
-            _ = each["shares"], each["stability"]["paraphrases"]
+            _ = each["shares"], each["stability"]["halves"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WpmergeError(
             "a proof cannot be read",
@@ -42,6 +48,11 @@ def load_proof(path: Path) -> dict[str, Any]:
             expected="proof.json, as `wpmerge prove` writes it",
         ) from None
     return found
+
+
+def absent(stability: Mapping[str, Any]) -> list[str]:
+    """Conditions that a proof of an early version does not know; later ones hold null where there is no number."""
+    return [key for key in CONDITIONS if key not in stability]
 
 
 def proof_tables(found: Mapping[str, Any], where: str) -> list[Table]:
@@ -79,12 +90,15 @@ def _stability_table(proofs: Mapping[str, Any]) -> Table:
 def _stability_rows(name: str, found: Mapping[str, Any]) -> list[list[str]]:
     halves, overlap, stored = (number(found[key]) for key in ("halves", "overlap", "stored"))
     rows = [[name, "halves of prompts", halves, _span(found["halves_interval"]), overlap, stored]]
+    rows += [
+        [name, f"{CONDITIONS[key]}: not kept by the version that wrote it", "–", "–", "–", "–"] for key in absent(found)
+    ]
     conditions: list[tuple[str, Any]] = []
-    if (wordings := found["paraphrases"]) is not None:
+    if (wordings := found.get("paraphrases")) is not None:
         conditions.append((f"two wordings of {wordings['queries']} queries", wordings))
-    if (seeds := found["seeds"]) is not None:
+    if (seeds := found.get("seeds")) is not None:
         conditions.append((f"{len(seeds['seeds'])} draws of {seeds['prompts']} prompts", seeds))
-    if (layers := found["layers"]) is not None:
+    if (layers := found.get("layers")) is not None:
         near = layers["neighbours"].items()
         conditions += [(f"anchor at {layers['l_star']} and {layer}", each) for layer, each in near]
     for words, each in conditions:

@@ -23,7 +23,7 @@ from wpmerge.coefficients import Grouping, group_scores, squared_norms, tensor_c
 from wpmerge.engine import Engine
 from wpmerge.gradients import directional
 from wpmerge.levels import Levels, Parts, RefineSettings, direction, make_levels, no_parts, together
-from wpmerge.plan import Coefficient
+from wpmerge.plan import Added, Coefficient, Steps
 from wpmerge.readouts import LogProbReadout, Readout, ReplyReadout, measure
 from wpmerge.rows import Row, pack
 from wpmerge.weights import Weights, WeightSource
@@ -62,6 +62,15 @@ class Refined:
     standing: Standing
     checks: tuple[Check, ...]
     best: int
+
+    def steps(self, experts: Sequence[str]) -> Steps:
+        """What was added to each expert's start, as a plan keeps it."""
+        parts, best = self.parts, self.checks[self.best]
+        added = {
+            name: Added(expert=float(whole.float()), block=block.float(), group=group.float())
+            for name, whole, block, group in zip(experts, parts.expert[:, 0], parts.block, parts.group, strict=True)
+        }
+        return Steps(step=best.step, averaged=best.averaged, added=added)
 
 
 class _Kept:

@@ -1,11 +1,52 @@
-(() => {
+(async () => {
   "use strict";
-  const data = JSON.parse(document.getElementById("data").textContent);
+  if (!("DecompressionStream" in window)) {
+    document.getElementById("unit").textContent = "The figures need a browser of 2023 or later.";
+    return;
+  }
+
+  function inflated(text) {
+    const bytes = Uint8Array.from(atob(text), (each) => each.charCodeAt(0));
+    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate")));
+  }
+
+  // Whole numbers by column; of each column its first bytes, then its second ones, and so on (page_data.py).
+  async function columnsOf(text, count, bytesEach) {
+    const bytes = new Uint8Array(await inflated(text).arrayBuffer());
+    const length = bytes.length / count / bytesEach;
+    return Array.from({ length: count }, (_, column) => {
+      const found = new Uint32Array(length);
+      for (let plane = 0; plane < bytesEach; plane++) {
+        const start = (column * bytesEach + plane) * length;
+        for (let i = 0; i < length; i++) found[i] = found[i] * 256 + bytes[start + i];
+      }
+      return found;
+    });
+  }
+
+  // A score of three digits in 16 bits; NaN where there is none.
+  function number(code) {
+    if (code < 2) return code === 0 ? NaN : 0;
+    const digits = ((code - 2) % 900) + 100;
+    const above = Math.floor((code - 2) / 900);
+    const exponent = Math.floor(above / 2) - 33;
+    const size = exponent < 0 ? digits / 10 ** -exponent : digits * 10 ** exponent;
+    return above % 2 ? -size : size;
+  }
+
+  const data = await inflated(document.getElementById("data").textContent).json();
   const { figures, themes, lookup } = data;
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const views = {};
   const numberOf = new Map(lookup.units.map((unit, row) => [unit, row]));
   const kindOf = new Map(lookup.kinds.map((each) => [each.kind, each]));
+  const rowsOfKind = new Map(lookup.kinds.map((each) => [each.kind, []]));
+  lookup.units.forEach((unit, row) => rowsOfKind.get(unit.split(".", 1)[0]).push(row));
+  const orders = new Map();
+  const coded = await columnsOf(lookup.values, lookup.maps.length, 2);
+  const values = coded.map((column) => Float64Array.from(column, number));
+  const ranks = await columnsOf(lookup.ranks, lookup.maps.length, 4);
+  const valueAt = (row, column) => (Number.isNaN(values[column][row]) ? null : values[column][row]);
   let picked = null;
   let pickedPlace = "";
 
@@ -115,17 +156,50 @@
       if (units[unit]) panel.append(element("p", `${units[unit]} unit of ${capability}`));
     }
     if (row === undefined) {
-      panel.append(element("p", "This page keeps only the units that a cell shows and those that were verified."));
-      panel.append(element("p", `wpmerge fuse SCORES --plan-only --out PLAN --explain ${unit} says why it gets what it gets.`));
+      panel.append(element("p", held(kind)));
+      panel.append(element("pre", `wpmerge report SCORES --plan PLAN --explain ${unit}`));
       return;
     }
-    panel.append(...scoreTable(row, unit, kind), ...coefficientParts(row, unit), ...rivalParts(row, unit, kind));
+    panel.append(...scoreTable(row, unit, kind), ...coefficientParts(row, unit), ...cellParts(unit));
+    panel.append(...rivalParts(row, unit, kind));
+  }
+
+  function held(kind) {
+    const { layers, units } = kindOf.get(kind);
+    const all = (layers * units).toLocaleString("en");
+    const here = rowsOfKind.get(kind).length.toLocaleString("en");
+    return `Of ${all} units of this kind the page has room for ${here}: those that a cell shows and those that were verified. Of any other this prints scores and coefficients:`;
+  }
+
+  // The units that share a cell of the map with this one, the strongest first.
+  function cellParts(unit) {
+    const { kind, layer, index } = partsOf(unit);
+    const known = kindOf.get(kind);
+    if (known.cell === 1 || !known.whole) return [];
+    const first = index - (index % known.cell);
+    const last = Math.min(first + known.cell, known.units) - 1;
+    const own = (row) => lookup.maps.map((map, column) => (map.own ? Math.abs(valueAt(row, column) ?? 0) : 0));
+    const size = (unit) => Math.max(...own(numberOf.get(unit)));
+    const others = [];
+    for (let each = first; each <= last; each++) {
+      if (each !== index) others.push(`${kind}.${layer}.${each}`);
+    }
+    others.sort((a, b) => size(b) - size(a));
+    const line = element("p", null);
+    others.slice(0, 6).forEach((other, place) => line.append(place ? ", " : "", unitButton(other)));
+    return [element("h4", `In the same cell, ${kind}.${layer}.${first} to ${last}, the strongest first`), line];
+  }
+
+  function unitButton(unit) {
+    const button = element("button", unit, { type: "button" });
+    button.addEventListener("click", () => pick(unit));
+    return button;
   }
 
   function scoreTable(row, unit, kind) {
     const experts = [...new Set(lookup.maps.map((map) => map.expert))];
     const labels = [...new Set(lookup.maps.map((map) => map.label))];
-    const largest = Math.max(...lookup.values[row].map((value) => Math.abs(value ?? 0)), 1e-12);
+    const largest = Math.max(...lookup.maps.map((_, column) => Math.abs(valueAt(row, column) ?? 0)), 1e-12);
     const table = element("table");
     const head = element("tr");
     for (const name of ["read by", ...experts]) head.append(element("th", name, { scope: "col" }));
@@ -146,7 +220,7 @@
     scroll.append(table);
     const known = element("ul", null, { class: "known" });
     lookup.maps.forEach((map, column) => {
-      if (map.own) known.append(element("li", `${map.label}: ${how(map, unit, kind, lookup.values[row][column])}`));
+      if (map.own) known.append(element("li", `${map.label}: ${how(map, unit, kind, valueAt(row, column))}`));
     });
     const parts = [element("h4", "Score from each expert, with its rank by size"), scroll];
     return known.children.length ? [...parts, element("h4", "How known"), known] : parts;
@@ -154,7 +228,7 @@
 
   function scoreCell(row, column, largest) {
     const cell = element("td");
-    const value = column < 0 ? null : lookup.values[row][column];
+    const value = column < 0 ? null : valueAt(row, column);
     if (value === null) {
       cell.append("–");
       return cell;
@@ -162,7 +236,7 @@
     const bar = element("span", "", { class: `bar ${value < 0 ? "hurt" : "help"}`, "aria-hidden": "true" });
     bar.style.width = `${Math.round((40 * Math.abs(value)) / largest)}px`;
     const number = element("span", short(value), { class: lookup.maps[column].own ? "own" : "cross" });
-    const rank = lookup.ranks[row][column];
+    const rank = ranks[column][row];
     cell.append(number, element("small", rank ? ` #${rank}` : ""), element("br"), bar);
     return cell;
   }
@@ -186,34 +260,39 @@
     parts.push(element("p", said));
     for (const sentence of lookup.why[unit] ?? []) parts.push(element("p", sentence, { class: "why" }));
     if (!(unit in lookup.why)) {
-      parts.push(element("small", `Why: wpmerge fuse SCORES --plan-only --out PLAN --explain ${unit}`));
+      parts.push(element("small", `Why: wpmerge report SCORES --plan PLAN --explain ${unit}`));
     }
     return parts;
   }
 
   function rivalParts(row, unit, kind) {
     const parts = [];
-    const same = lookup.units.map((each, i) => i).filter((i) => lookup.units[i].startsWith(`${kind}.`));
-    if (same.length < 2) return parts;
+    if (rowsOfKind.get(kind).length < 2) return parts;
     lookup.maps.forEach((map, column) => {
-      if (!map.own || lookup.values[row][column] === null) return;
-      const order = same.filter((i) => lookup.ranks[i][column] > 0);
-      order.sort((a, b) => lookup.ranks[a][column] - lookup.ranks[b][column]);
+      if (!map.own || valueAt(row, column) === null) return;
+      const order = orderOf(kind, column);
       const at = order.indexOf(row);
       const near = [at - 2, at - 1, at + 1, at + 2].filter((i) => i >= 0 && i < order.length);
-      const line = element("p", `${map.label}, rank ${lookup.ranks[row][column]}: `);
+      const line = element("p", `${map.label}, rank ${ranks[column][row]}: `);
       near.forEach((i, place) => {
         const other = lookup.units[order[i]];
-        const button = element("button", other, { type: "button" });
-        button.addEventListener("click", () => pick(other));
-        const rank = lookup.ranks[order[i]][column];
-        line.append(place ? ", " : "", button, ` (${rank}. ${short(lookup.values[order[i]][column])})`);
+        const rank = ranks[column][order[i]];
+        line.append(place ? ", " : "", unitButton(other), ` (${rank}. ${short(valueAt(order[i], column))})`);
       });
       if (near.length) parts.push(line);
     });
     if (!parts.length) return parts;
     const whole = kindOf.get(kind).whole;
     return [element("h4", whole ? "Nearest rivals by size" : "Nearest rivals by size, among the units kept here"), ...parts];
+  }
+
+  function orderOf(kind, column) {
+    const key = `${kind} ${column}`;
+    if (!orders.has(key)) {
+      const order = rowsOfKind.get(kind).filter((i) => ranks[column][i] > 0);
+      orders.set(key, order.sort((a, b) => ranks[column][a] - ranks[column][b]));
+    }
+    return orders.get(key);
   }
 
   // --- keyboard
@@ -277,7 +356,7 @@
     lookup.units.forEach((unit, row) => {
       if (!shown || !unit.startsWith(`${shown.kind}.`)) return;
       lookup.maps.forEach((map, column) => {
-        const value = Math.abs(lookup.values[row][column] ?? 0);
+        const value = Math.abs(valueAt(row, column) ?? 0);
         if (map.own && map.readout === "reference" && value > size) [best, size] = [unit, value];
       });
     });

@@ -21,8 +21,9 @@ from wpmerge.figures import DARK, LIGHT, Figure, with_data
 from wpmerge.figures_evidence import anchor_curves, proof_curves, role_map, screen_scatter
 from wpmerge.figures_maps import coefficient_map, model_units, score_map
 from wpmerge.figures_results import bench_figure, instruction_figure, retention_figure
-from wpmerge.lookup import lookup
+from wpmerge.lookup import EVERY, lookup, numbers
 from wpmerge.output import check_output, check_output_file, output_directory, write_file, write_own_file
+from wpmerge.page_data import compressed
 from wpmerge.repeating import bench_command, eval_command, fuse_command, prove_command, score_command
 from wpmerge.replaying import unit_coefficients
 from wpmerge.report_inputs import Material
@@ -135,7 +136,19 @@ def report_command(paths: Mapping[str, Path], out: Path) -> str:
 
 
 def page(material: Material, made: Sequence[Section], out: Path) -> str:
-    """The page: no part of it is fetched from anywhere. Every text of an artifact is escaped."""
+    """The page: no part of it is fetched from anywhere. Every text of an artifact is escaped.
+
+    Every unit can be opened in it; where that would take more than :data:`LARGEST` bytes, of a kind with many only
+    those that a cell shows and those that were verified.
+    """
+    if numbers(material.scores, kinds_of(material.scores)) <= EVERY:
+        text = _page(material, made, out, every=True)
+        if len(text.encode()) <= LARGEST:
+            return text
+    return _page(material, made, out, every=False)
+
+
+def _page(material: Material, made: Sequence[Section], out: Path, *, every: bool) -> str:
     figures = [figure for section in made for figure in section.figures]
     drawn = {figure.name: figure.rows for figure in figures if figure.kind and figure.name.startswith("scores-")}
     value = {
@@ -144,14 +157,14 @@ def page(material: Material, made: Sequence[Section], out: Path) -> str:
             for figure in figures
         },
         "themes": {"light": LIGHT, "dark": DARK},
-        "lookup": lookup(material, kinds_of(material.scores), drawn),
+        "lookup": lookup(material, kinds_of(material.scores), drawn, every=every),
     }
     parts = {
         "title": html.escape(f"wpmerge: {', '.join(material.scores.experts)}"),
         "style": _asset("report.css"),
         "vega": in_script(_vega()),
         "script": in_script(_asset("report.js")),
-        "data": json_in_page(finite(value)),
+        "data": compressed(finite(value)),
         "nav": "".join(f'<a href="#{name}">{html.escape(title)}</a>' for name, title in _places(made)),
         "overview": overview(material),
         "sections": "\n".join(map(_section, made)),
@@ -196,12 +209,6 @@ def packed(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         else:
             found[name] = {"values": values}
     return {"length": len(rows), "columns": found}
-
-
-def json_in_page(value: Any) -> str:
-    """JSON that can stand inside a script element."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c")
 
 
 def in_script(text: str) -> str:

@@ -14,7 +14,7 @@ from wpmerge.errors import CheckpointError, WpmergeError
 from wpmerge.evaluation import Evaluation, load_evaluation
 from wpmerge.models import layout_of
 from wpmerge.plan import BASE, InputModel, Plan, load_plan
-from wpmerge.proof import load_proof
+from wpmerge.proof import CONDITIONS, absent, load_proof
 from wpmerge.scores import Scores, load_scores
 from wpmerge.statistics import Retention
 
@@ -74,6 +74,12 @@ def read_material(
     proved = None if proof is None else load_proof(proof)
     if proved is not None and (strange := sorted(set(proved["capabilities"]) - set(found.experts))):
         raise _foreign("the proof", proof, f"capability {strange[0]}", ", ".join(found.experts))
+    missing = [
+        key for each in (proved or {"capabilities": {}})["capabilities"].values() for key in absent(each["stability"])
+    ]
+    if missing:
+        words = ", ".join(CONDITIONS[key] for key in dict.fromkeys(missing))
+        remarks.append(f"The proof was written by an early version, which kept no rank stability over {words}.")
     return Material(
         scores=found,
         plan=made,

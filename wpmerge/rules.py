@@ -34,7 +34,7 @@ from wpmerge.errors import RecipeError
 from wpmerge.joint import JointProblem, JointSolution, solve_joint
 from wpmerge.levels import RefineSettings
 from wpmerge.models import Family
-from wpmerge.plan import Coefficient, Granularity
+from wpmerge.plan import Coefficient, Granularity, Steps
 from wpmerge.readings import Progress
 from wpmerge.refining import Merging, Refined, refine
 from wpmerge.scores import Scores
@@ -159,6 +159,7 @@ class RuleOutcome:
         tolerance: what a merge may lose on a retain set, nats per token.
         joint: the solution, under that rule.
         refined: where the steps ended, under that rule.
+        steps: what they added, under that rule.
     """
 
     coefficients: Mapping[str, Mapping[str, Coefficient]]
@@ -173,6 +174,7 @@ class RuleOutcome:
     tolerance: float
     joint: JointSolution | None = None
     refined: Refined | None = None
+    steps: Steps | None = None
 
     @property
     def unscored(self) -> int:
@@ -331,6 +333,7 @@ class _Rule:
             tolerance=self.settings.tolerance,
             joint=solution,
             refined=refined,
+            steps=None if refined is None else refined.steps(self.experts),
         )
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from wpmerge.arch import Kind
 from wpmerge.errors import RecipeError
-from wpmerge.options import byte_size
+from wpmerge.options import LEAST, byte_size
 from wpmerge.plan import describe
 from wpmerge.scores import AskedReadout
 from wpmerge.yaml_recipe import read_mapping
@@ -22,7 +22,10 @@ from wpmerge.yaml_recipe import read_mapping
 RuleName = Literal["refine", "scaled", "uniform", "proportional", "select", "joint"]
 MERGED = "merged"  # the merge's name among what is evaluated, and its directory's
 EVALUATED = "evaluated"  # among a task's splits, the one that is judged
-Count = Annotated[int, Field(ge=1)]
+
+
+def _least(name: str) -> Any:
+    return Field(ge=LEAST[name])
 
 
 def _as_list(value: Any) -> Any:
@@ -42,17 +45,17 @@ class Scoring(_Section):
         "anchor",
     ]
     """What is read; the first decides coefficients."""
-    prompts: Annotated[int, Field(ge=4)] = 32
+    prompts: Annotated[int, _least("prompts")] = 32
     """Prompts per capability to score on."""
-    held_out: Annotated[int, Field(ge=4)] = 16
+    held_out: Annotated[int, _least("held_out")] = 16
     """More prompts per capability, to choose coefficients on."""
-    reference_tokens: Count = 96
+    reference_tokens: Annotated[int, _least("reference_tokens")] = 96
     """Longest reference, tokens."""
-    top_k: Annotated[int, Field(ge=0)] = 32
+    top_k: Annotated[int, _least("top_k")] = 32
     """Strongest units of each kind to verify by exact patching."""
-    random_sample: Annotated[int, Field(ge=0)] = 64
+    random_sample: Annotated[int, _least("random_sample")] = 64
     """Random other units of each kind to verify."""
-    verify_prompts: Count = 4
+    verify_prompts: Annotated[int, _least("verify_prompts")] = 4
     """Prompts per capability to verify on."""
     kind: Annotated[list[Kind] | None, BeforeValidator(_as_list)] = None
     """Kinds of unit to score; none for all that are not coarse."""
@@ -62,13 +65,13 @@ class Scoring(_Section):
     """How every unit's score is found; linear always is one way."""
     direction: Annotated[list[Literal["sufficiency", "necessity"]], BeforeValidator(_as_list)] = ["sufficiency"]
     """Sufficiency, always; necessity puts units of the base into the expert."""
-    integrated_points: Count = 4
+    integrated_points: Annotated[int, _least("integrated_points")] = 4
     """Points of the integrated estimator."""
-    layer: Annotated[int, Field(ge=0)] | None = None
+    layer: Annotated[int, _least("layer")] | None = None
     """Layer to read every anchor after; none chooses it by reliability."""
     accept_anchor: bool = False
     """Go on with an anchor or a gap that is not reliable."""
-    tokens_per_row: Count = 384
+    tokens_per_row: Annotated[int, _least("tokens_per_row")] = 384
     """Tokens packed into one row."""
     seed: int = 0
     """Of prompt splits and random draws."""
@@ -95,9 +98,9 @@ class MergeRule(_Section):
     """Largest coefficient."""
     mu: float = 1.0
     """Of joint: what leaving the scales costs."""
-    steps: Annotated[int, Field(ge=0)] = 16
+    steps: Annotated[int, _least("steps")] = 16
     """Of refine: steps, each a forward and backward run per capability."""
-    batch: Count = 6
+    batch: Annotated[int, _least("batch")] = 6
     """Of refine: prompts per capability and step."""
     ridge: float = 0.0
     """Of refine: pull back to the start at each step, as a share."""
@@ -105,7 +108,7 @@ class MergeRule(_Section):
     """Choose the rule's own numbers on held-out prompts too."""
     tolerance: float = 0.02
     """What a merge may lose on a retain set, nats per token below the base."""
-    evaluations: Count = 24
+    evaluations: Annotated[int, _least("evaluations")] = 24
     """Merges run on held-out prompts to choose the numbers."""
     seed: int = 0
     """Of refine's draws of prompts, and of what dare drops."""
@@ -124,7 +127,7 @@ class Output(_Section):
     """Of the written weights; none keeps each tensor's in the base."""
     shard_size: str = "5GB"
     """Most weights per file."""
-    threads: Count = 1
+    threads: Annotated[int, _least("threads")] = 1
     """Blocks merged at a time, a thread each."""
     allow_nan: bool = False
     """Let numbers pass that are not finite."""
@@ -139,11 +142,11 @@ class Judging(_Section):
     """Local documents of a task, JSONL; or a file for each split, that which is judged under evaluated."""
     skill: dict[str, str] = {}
     """An expert's metric, for retention, such as math: gsm8k/exact_match."""
-    batch_size: Count | str = 16
+    batch_size: Annotated[int, Field(ge=1)] | str = 16
     """Prompts run together, or auto."""
-    max_gen_tokens: Count | None = None
+    max_gen_tokens: Annotated[int, _least("max_gen_tokens")] | None = None
     """Longest response, tokens; none takes each task's own."""
-    limit: Count | None = None
+    limit: Annotated[int, _least("limit")] | None = None
     """First documents of each task; none for all."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Of the weights while they run; auto is the checkpoint's."""

@@ -1,64 +1,44 @@
 """A whole run: score, fuse, evaluate, report, each skipped where it is done: the work behind ``wpmerge run``.
 
-Every stage has one output under the run's directory and a key, the hash of the settings that decide it, those of the
-stages before among them. ``run.json`` keeps key and settings of what was done. An output with the same key is taken as
-it is; one with another key is replaced only if that is asked for, and only if every file in it is the stage's own.
+What is done, and with what, is known by :mod:`wpmerge.run_record`.
 """
 
-import fcntl
-import hashlib
-import json
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from wpmerge import api, options
 from wpmerge.capability import Capability, load_capability
-from wpmerge.console import Report, finite
-from wpmerge.directory import locate, read_json
-from wpmerge.errors import CheckpointError, OutputError, RecipeError
-from wpmerge.output import write_own_file
+from wpmerge.console import Report
+from wpmerge.directory import locate
+from wpmerge.errors import RecipeError
 from wpmerge.plan import BASE
-from wpmerge.provenance import versions
 from wpmerge.report import write_report
 from wpmerge.report_inputs import read_material
 from wpmerge.rules import given_scales
 from wpmerge.run_recipe import EVALUATED, MERGED, Judging, RunRecipe, settings_of
+from wpmerge.run_record import (
+    Stage,
+    check_directory,
+    check_own,
+    files_of,
+    locked,
+    make_stage,
+    read_record,
+    refusal,
+    state_of,
+    write_record,
+)
 from wpmerge.scoring import check_names
 from wpmerge.sources import Source, find_source, identity
 from wpmerge.taskdata import file_hash
 from wpmerge.tasks import load_tasks
 
-RECORD = "run.json"
 PAGE = "report.html"
-SCHEMA = 1
 ELSEWHERE = ("max_memory", "threads", "directory")
 """Settings that change where and how fast a result comes, not what it is; device and streaming are of these too."""
-
-State = Literal["done", "to do", "changed"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """One part of a run.
-
-    Attributes:
-        name: the command that does it.
-        output: what it makes, under its final name only when it is whole.
-        settings: what decides its result.
-        key: their hash; None while a model is not at hand, so that it is not known.
-        work: does it, replacing what is there if told so.
-    """
-
-    name: str
-    output: Path
-    settings: Mapping[str, Any]
-    key: str | None
-    work: Callable[[bool], object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +106,7 @@ def prepare(
     if recipe.evaluation is not None:
         _check_judging(recipe.evaluation, recipe)
     directory = (out or Path(recipe.output.directory).expanduser()).absolute()
-    _check_directory(directory)
+    check_directory(directory)
     return Run(
         recipe=recipe,
         out=directory,
@@ -160,9 +140,9 @@ def stages_of(run: Run, places: Mapping[str, Path | None]) -> list[Stage]:
         "vocab": recipe.vocab,
         "scoring": settings_of(recipe.scoring, *ELSEWHERE),
     }
-    score = _stage("score", run.out / "scores", scoring, lambda overwrite: _score(run, overwrite), after=None)
+    score = make_stage("score", run.out / "scores", scoring, lambda overwrite: _score(run, overwrite), after=None)
     fusing = {"rule": settings_of(recipe.rule), "output": settings_of(recipe.output, *ELSEWHERE)}
-    fuse = _stage("fuse", run.out / MERGED, fusing, lambda overwrite: _fuse(run, overwrite), after=score)
+    fuse = make_stage("fuse", run.out / MERGED, fusing, lambda overwrite: _fuse(run, overwrite), after=score)
     stages = [score, fuse]
     if (judging := recipe.evaluation) is not None:
         wanted = {"evaluation": settings_of(judging), "documents": _document_hashes(judging)}
@@ -170,39 +150,9 @@ def stages_of(run: Run, places: Mapping[str, Path | None]) -> list[Stage]:
         def evaluate(overwrite: bool) -> object:
             return _evaluate(run, judging, overwrite)
 
-        stages.append(_stage("eval", run.out / "evaluation", wanted, evaluate, after=fuse))
-    shown = _stage("report", run.out / PAGE, {}, lambda overwrite: _report(run, overwrite), after=stages[-1])
+        stages.append(make_stage("eval", run.out / "evaluation", wanted, evaluate, after=fuse))
+    shown = make_stage("report", run.out / PAGE, {}, lambda overwrite: _report(run, overwrite), after=stages[-1])
     return [*stages, shown]
-
-
-def _stage(
-    name: str, output: Path, settings: Mapping[str, Any], work: Callable[[bool], object], *, after: Stage | None
-) -> Stage:
-    """A stage with its key; what the stage before depends on decides this one too."""
-    whole = {**settings, **({} if after is None else {"before": after.key})}
-    known = None not in settings.get("models", {}).values() and (after is None or after.key is not None)
-    text = json.dumps(finite(whole), sort_keys=True)
-    key = hashlib.sha256(text.encode()).hexdigest() if known else None
-    return Stage(name=name, output=output, settings=json.loads(text), key=key, work=work)
-
-
-def state_of(stage: Stage, record: Mapping[str, Any]) -> State:
-    """Whether a stage is done, is to be done, or was done with other settings.
-
-    Raises:
-        OutputError: something that no run made is where its output goes.
-    """
-    if not os.path.lexists(stage.output):
-        return "to do"
-    kept = record.get("stages", {}).get(stage.name)
-    if kept is None:
-        raise OutputError(
-            f"the place of the {stage.name} stage's output is taken by something that this run did not make",
-            where=stage.output,
-            mend="move it away, or give another directory with --out",
-        )
-    finished = kept.get("files") is not None or stage.output.stat().st_ino != kept.get("replaces")
-    return "done" if finished and kept["key"] == stage.key else "changed"
 
 
 def carry_out(run: Run, *, overwrite: bool = False) -> list[Finished]:
@@ -222,15 +172,15 @@ def carry_out(run: Run, *, overwrite: bool = False) -> list[Finished]:
         tell(f"finding {name}", 0, 1)
         places[name] = locate(place)
     stages = stages_of(run, places)
-    with _locked(run.out):
+    with locked(run.out):
         record = read_record(run.out)
         states = {stage.name: state_of(stage, record) for stage in stages}
         changed = [stage for stage in stages if states[stage.name] == "changed"]
         costly = [stage for stage in changed if stage.name != "report"]  # a report is soon made again
         if costly and not overwrite:
-            raise _refusal(costly, record)
+            raise refusal(costly, record)
         for stage in changed:
-            _check_own(stage, record)
+            check_own(stage, record)
         if (judging := run.recipe.evaluation) is not None and states["eval"] != "done":
             _check_tasks(judging, run.unsafe_code)
         finished = []
@@ -252,14 +202,14 @@ def _do(stage: Stage, run: Run, record: dict[str, Any], *, again: bool) -> float
     began = {"key": stage.key, "settings": stage.settings, "replaces": replaced, "files": None}
     there = (before or {}).get("replaced") or before  # what lies there, not a replacement that never ended
     record["stages"][stage.name] = began | ({"replaced": there} if again and there else {})
-    _write(run, record)
+    write_record(run.out, run.recipe, record)
     started = time.monotonic()
     try:
         stage.work(again)
     except Exception:
         del record["stages"][stage.name]
         record["stages"] |= {} if before is None else {stage.name: before}
-        _write(run, record)
+        write_record(run.out, run.recipe, record)
         raise
     seconds = round(time.monotonic() - started, 3)
     _keep(stage, record, run, seconds)
@@ -267,9 +217,9 @@ def _do(stage: Stage, run: Run, record: dict[str, Any], *, again: bool) -> float
 
 
 def _keep(stage: Stage, record: dict[str, Any], run: Run, seconds: float) -> None:
-    kept = {"key": stage.key, "settings": stage.settings, "files": _files(stage.output), "seconds": seconds}
+    kept = {"key": stage.key, "settings": stage.settings, "files": files_of(stage.output), "seconds": seconds}
     record["stages"][stage.name] = kept
-    _write(run, record)
+    write_record(run.out, run.recipe, record)
 
 
 def _score(run: Run, overwrite: bool) -> object:
@@ -342,106 +292,6 @@ def _report(run: Run, overwrite: bool) -> object:
     return write_report(material, out=run.out / PAGE, overwrite=overwrite)
 
 
-def read_record(out: Path) -> dict[str, Any]:
-    """What a run recorded in its directory; empty where there is none yet.
-
-    Raises:
-        OutputError: it cannot be read, or a later version wrote it.
-    """
-    file = out / RECORD
-    if not file.exists():
-        return {"stages": {}}
-    try:
-        found = read_json(file)
-    except CheckpointError as error:
-        raise OutputError("the record of a run cannot be read", where=file, got=error.got or error.what) from None
-    if found.get("kind") != "run" or found.get("schema_version") != SCHEMA or not isinstance(found.get("stages"), dict):
-        raise OutputError(
-            "the record of a run is of another version",
-            where=file,
-            got=f"{found.get('kind')} schema {found.get('schema_version')}",
-            expected=f"run schema {SCHEMA}",
-            mend="give another directory with --out",
-        )
-    return found
-
-
-def _write(run: Run, record: dict[str, Any]) -> None:
-    head = {"kind": "run", "schema_version": SCHEMA, "versions": versions(), "recipe": run.recipe.model_dump()}
-    whole = finite({**head, "stages": record["stages"]})
-    write_own_file(run.out / RECORD, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
-
-
-def _refusal(changed: list[Stage], record: Mapping[str, Any]) -> OutputError:
-    """Says what is different, stage by stage."""
-    said = []
-    for stage in changed:
-        kept = record["stages"][stage.name]
-        old, new = _flat((kept.get("replaced") or kept).get("settings", {})), _flat(stage.settings)
-        apart = [name for name in {**old, **new} if old.get(name) != new.get(name) and name != "before"]
-        said += [_difference(name, old.get(name), new.get(name)) for name in apart]
-    return OutputError(
-        "the recipe is not the one that what is there was made with",
-        where=", ".join(str(stage.output) for stage in changed),
-        got="; ".join(said) or "a replacement that was not finished",
-        mend="give another directory with --out, or replace what is there with --overwrite",
-    )
-
-
-def _difference(name: str, old: object, new: object) -> str:
-    """A changed setting; what is recorded as a hash is only said to differ."""
-    if name.startswith(("models.", "capabilities.", "documents.")):
-        return (
-            f"{name} differs"
-            if old is not None and new is not None
-            else f"{name} is {'gone' if new is None else 'new'}"
-        )
-    return f"{name} is {new}, was {old}"
-
-
-def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        found |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
-    return found
-
-
-def _files(output: Path) -> dict[str, int]:
-    """Every file of an output and its bytes."""
-    if output.is_file():
-        return {"": output.stat().st_size}
-    return {str(file.relative_to(output)): file.stat().st_size for file in sorted(output.rglob("*")) if file.is_file()}
-
-
-def _check_own(stage: Stage, record: Mapping[str, Any]) -> None:
-    """Refuse to replace an output that holds a file which the stage did not write, or that was changed since."""
-    kept = record["stages"][stage.name]
-    known = kept.get("files") or (kept.get("replaced") or {}).get("files")
-    there = _files(stage.output)
-    if known is None:
-        return
-    strange = [name for name, size in there.items() if known.get(name) != size]
-    if strange:
-        raise OutputError(
-            f"the {stage.name} stage's output holds a file that it did not write, and would be replaced",
-            where=stage.output,
-            got=strange[0] or stage.output.name,
-            mend="move it away, or give another directory with --out",
-        )
-
-
-def _check_directory(out: Path) -> None:
-    """Refuse a directory of somebody else's."""
-    if not os.path.lexists(out):
-        return
-    if not out.is_dir():
-        raise OutputError("the run's directory is something else", where=out, mend="give another with --out")
-    if any(out.iterdir()) and not (out / RECORD).is_file():
-        raise OutputError(
-            "the run's directory holds something else", where=out, expected=f"{RECORD}, or nothing", mend="give another"
-        )
-
-
 def _check_rule(recipe: RunRecipe) -> None:
     """Refuse a rule or scales that cannot be meant, before hours of scoring."""
     settings, _ = api.fuse_settings(rule=recipe.rule.name, **settings_of(recipe.rule, "name"))
@@ -474,21 +324,3 @@ def _document_files(judging: Judging) -> Iterator[tuple[str, str, Path]]:
 
 def _document_hashes(judging: Judging) -> dict[str, str]:
     return {f"{task}: {split}": file_hash(file) for task, split, file in _document_files(judging)}
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """The run's directory, made where it is missing, for this run alone."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        raise OutputError("the run's directory cannot be made", where=out, got=error.strerror) from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OutputError("another run is at work in this directory", where=out) from None
-    else:
-        yield
-    finally:
-        os.close(descriptor)

@@ -352,3 +352,11 @@ def _spanned(interval: Mapping[str, float] | None) -> str:
     if interval is None:
         return "–"
     return f"{interval['value']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
+
+
+def explanation_tables(explanations: Mapping[str, Sequence[str]]) -> list[Table]:
+    """Why units got their coefficients: a table each, a sentence an expert."""
+    return [
+        Table(title=f"why {name} gets what it gets", header=("coefficient",), rows=[(text,) for text in sentences])
+        for name, sentences in explanations.items()
+    ]
