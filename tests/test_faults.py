@@ -43,12 +43,12 @@ KILLER = """
 import json, os, random, shutil, signal, sys, time
 from pathlib import Path
 import torch
-import wpmerge.blocks, wpmerge.fused
+import wpmerge.fused, wpmerge.jobs
 from wpmerge.merging import merge_recipe
 
 torch.set_num_threads(1)
 place, kills, method = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-wpmerge.blocks.BLOCK_ELEMENTS = 64
+wpmerge.jobs.BLOCK_ELEMENTS = 64
 if sys.argv[4] == "compiled":
     from wpmerge import kernels
     wpmerge.fused.WORTH_COMPILING = 0

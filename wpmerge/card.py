@@ -1,13 +1,17 @@
 """The model card of a merge: front matter that hubs read, what was merged, and the recipe."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from wpmerge.checkpoint import Checkpoint
-from wpmerge.plan import Plan
+
+if TYPE_CHECKING:
+    from wpmerge.plan import Plan
 
 _OPERATIONS = {
     "task_arithmetic": "Σ coefficient · (expert - base)",

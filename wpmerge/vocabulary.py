@@ -1,16 +1,20 @@
 """Experts whose vocabulary is larger than the base's: cut them to its rows, or give every model the largest's."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from jaxtyping import Shaped
-from torch import Tensor
 
 from wpmerge.checkpoint import EMBEDDINGS, HEADS, Checkpoint
 from wpmerge.directory import tokenizer_differences
 from wpmerge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
