@@ -45,7 +45,7 @@ def test_reads_what_safetensors_wrote_in_every_dtype(file):
     assert set(opened.tensors) == set(tensors)
     for name, tensor in tensors.items():
         info = opened.tensors[name]
-        assert (info.shape, info.dtype, info.numel) == (tuple(tensor.shape), tensor.dtype, tensor.numel())
+        assert (info.shape, info.dtype.torch, info.numel) == (tuple(tensor.shape), tensor.dtype, tensor.numel())
         assert torch.equal(opened.read(name, 0, info.numel), tensor.reshape(-1))
         if info.numel:
             with file.open("rb") as stream:
