@@ -24,7 +24,7 @@ from wpmerge.errors import CheckpointError, OutputError, WpmergeError
 from wpmerge.merging import merge_recipe
 
 KILLS = int(os.environ.get("WPMERGE_KILLS", "10"))
-MUTATIONS = int(os.environ.get("WPMERGE_MUTATIONS", "500"))
+MUTATIONS = int(os.environ.get("WPMERGE_MUTATIONS", "500")) // 2  # by each kind of loops
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -338,6 +338,7 @@ def mutate(raw, chance):
     return bytes(raw)
 
 
+@pytest.mark.usefixtures("loops")
 def test_random_bytes_never_crash(tmp_path, monkeypatch):
     """Headers, indexes, configurations, tokenizers and recipes, mutated: an error that names the fault, or a merge."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
