@@ -7,6 +7,7 @@ import torch
 from checkpoints import CONFIG, llama_shapes, random_weights, write_checkpoint
 
 from wpmerge.checkpoint import check_same_family, open_checkpoint
+from wpmerge.dtypes import Dtype
 from wpmerge.errors import CheckpointError
 
 RANK = 3
@@ -43,12 +44,12 @@ def test_touched_tensors_are_base_plus_scaled_product(tmp_path, base):
     tensors = factors(UP, 24, 16)
     adapted = open_checkpoint(write_adapter(tmp_path / "a", tensors), base=base)
     expected = base.load(f"{UP}.weight").float() + 2.0 * product(tensors, UP)
-    assert adapted.tensors[f"{UP}.weight"].dtype == torch.float32
+    assert adapted.tensors[f"{UP}.weight"].dtype is Dtype.F32
     torch.testing.assert_close(adapted.load(f"{UP}.weight"), expected, rtol=1e-6, atol=1e-6)
     for name in base.tensors:
         if name != f"{UP}.weight":
             assert torch.equal(adapted.load(name), base.load(name))
-            assert adapted.tensors[name].dtype == torch.bfloat16
+            assert adapted.tensors[name].dtype is Dtype.BF16
     assert list(adapted.tensors) == list(base.tensors)
     check_same_family(base, adapted, name="a")
     assert adapted.content_hash() != base.content_hash()

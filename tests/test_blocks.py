@@ -8,10 +8,11 @@ from checkpoints import CONFIG, write_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import wpmerge.blocks
+import wpmerge.jobs
 from wpmerge import operators
-from wpmerge.blocks import Job, Term, blocks
 from wpmerge.checkpoint import open_checkpoint
+from wpmerge.dtypes import Dtype
+from wpmerge.jobs import Factor, Job, Term, blocks
 from wpmerge.merging import merge
 from wpmerge.plan import Coefficient, Operator, Plan, input_model
 from wpmerge.shards import OutputTensor
@@ -36,7 +37,7 @@ def pure(job, tensors, factors):
         change = operators.ties(deltas, factors, normalize=job.normalize)
     else:
         change = operators.weighted_sum(deltas, factors, like=base)
-    return (base + (change * job.scale if job.scale != 1 else change)).to(job.output.dtype).view(job.output.shape)
+    return (base + (change * job.scale if job.scale != 1 else change)).to(job.output.dtype.torch).view(job.output.shape)
 
 
 @given(
@@ -68,11 +69,17 @@ def test_in_place_is_pure(
     if method.startswith("dare"):
         densities = [max(density, 0.1) for density in densities]
     terms = tuple(
-        Term(checkpoint=model, tensor="x", coefficient=coefficient, density=density, seed=seed * 10 + i)
+        Term(
+            checkpoint=model,
+            tensor="x",
+            coefficient=Factor(values=coefficient.values.numpy(), axis=coefficient.axis),
+            density=density,
+            seed=seed * 10 + i,
+        )
         for i, (model, coefficient, density) in enumerate(zip(opened[1:], coefficients, densities, strict=False))
     )
     job = Job(
-        output=OutputTensor(name="x", shape=shape, dtype=torch.float32),
+        output=OutputTensor(name="x", shape=shape, dtype=Dtype.F32),
         base=(opened[0], "x"),
         terms=terms,
         method=method,
@@ -80,9 +87,9 @@ def test_in_place_is_pure(
         scale=scale,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wpmerge.blocks, "BLOCK_ELEMENTS", block)
-        patch.setattr(wpmerge.blocks, "SAMPLE", 1024)
-        patch.setattr(wpmerge.blocks, "_RUN", 256)
+        patch.setattr(wpmerge.jobs, "BLOCK_ELEMENTS", block)
+        patch.setattr(wpmerge.trims, "SAMPLE", 1024)
+        patch.setattr(wpmerge.trims, "_RUN", 256)
         made = merge_tensor(job)
     assert torch.equal(made, pure(job, tensors, [c.expand(shape) for c in coefficients]))
 
@@ -175,7 +182,9 @@ def test_any_merge_on_disk_is_its_definition_in_float64(
         granularity="unit",
         operator=Operator(method=method, density=density if method == "ties" else 1.0, normalize=normalize),
     )
-    merge(plan, models, place / "out", dtype=out, shard_bytes=shard_bytes, threads=threads, sync=False)
+    merge(
+        plan, models, place / "out", dtype=out and Dtype.of(out), shard_bytes=shard_bytes, threads=threads, sync=False
+    )
     merged = open_checkpoint(place / "out")
     for name, shape in zip(names, shapes, strict=True):
         factors = [coefficients[expert][name].expand(tuple(shape)) for expert in coefficients]

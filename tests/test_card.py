@@ -25,6 +25,16 @@ def test_front_matter_is_what_hubs_read(tmp_path):
     assert "wpmerge 9" in text
 
 
+def test_only_what_a_hub_knows_is_named_to_it(tmp_path, monkeypatch):
+    """A hub refuses a card whose base_model is a path."""
+    monkeypatch.chdir(tmp_path)
+    base = open_checkpoint(family(tmp_path / "owner", experts=0)["base"])
+    names = ["owner/base", "owner/base+other/adapter", "other/e0@v2", "./e1", str(tmp_path / "e2"), "other/e0"]
+    made = yaml.safe_load(card(base, names).split("---\n")[1])
+    assert made["base_model"] == ["other/adapter", "other/e0"]
+    assert not {"base_model", "base_model_relation"} & set(yaml.safe_load(card(base, names[:1]).split("---\n")[1]))
+
+
 def test_the_bases_license_is_kept(tmp_path):
     path = family(tmp_path, experts=0)["base"]
     (path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")

@@ -24,7 +24,7 @@ from wpmerge.errors import CheckpointError, OutputError, WpmergeError
 from wpmerge.merging import merge_recipe
 
 KILLS = int(os.environ.get("WPMERGE_KILLS", "10"))
-MUTATIONS = int(os.environ.get("WPMERGE_MUTATIONS", "500"))
+MUTATIONS = int(os.environ.get("WPMERGE_MUTATIONS", "500")) // 2  # by each kind of loops
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -43,12 +43,12 @@ KILLER = """
 import json, os, random, shutil, signal, sys, time
 from pathlib import Path
 import torch
-import wpmerge.blocks, wpmerge.fused
+import wpmerge.fused, wpmerge.jobs
 from wpmerge.merging import merge_recipe
 
 torch.set_num_threads(1)
 place, kills, method = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-wpmerge.blocks.BLOCK_ELEMENTS = 64
+wpmerge.jobs.BLOCK_ELEMENTS = 64
 if sys.argv[4] == "compiled":
     from wpmerge import kernels
     wpmerge.fused.WORTH_COMPILING = 0
@@ -338,6 +338,7 @@ def mutate(raw, chance):
     return bytes(raw)
 
 
+@pytest.mark.usefixtures("loops")
 def test_random_bytes_never_crash(tmp_path, monkeypatch):
     """Headers, indexes, configurations, tokenizers and recipes, mutated: an error that names the fault, or a merge."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -1,9 +1,9 @@
 import pytest
-import torch
 import yaml
 from checkpoints import family
 
 from wpmerge.checkpoint import open_checkpoint
+from wpmerge.dtypes import Dtype
 from wpmerge.errors import OutputError, RecipeError
 from wpmerge.merging import merge_recipe
 
@@ -30,7 +30,7 @@ def test_mergekit_does_what_is_not_done_here(recipe, tmp_path):
     summary = merge_recipe(recipe, tmp_path / "out", engine="mergekit")
     merged = open_checkpoint(tmp_path / "out")
     assert summary.tensors == len(merged.tensors) == 21
-    assert {info.dtype for info in merged.tensors.values()} == {torch.float32}
+    assert {info.dtype for info in merged.tensors.values()} == {Dtype.F32}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["models", "out", "r.yml"]
 
 
@@ -50,4 +50,4 @@ def test_an_input_is_never_its_output(recipe, tmp_path):
 
 def test_settings_it_would_ignore_are_refused(recipe, tmp_path):
     with pytest.raises(RecipeError, match="settings from the recipe"):
-        merge_recipe(recipe, tmp_path / "out", engine="mergekit", dtype=torch.float16)
+        merge_recipe(recipe, tmp_path / "out", engine="mergekit", dtype=Dtype.F16)

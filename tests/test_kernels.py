@@ -12,15 +12,18 @@ from checkpoints import write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import wpmerge.blocks
 import wpmerge.fused
+import wpmerge.jobs
+import wpmerge.trims
 from wpmerge import kernels
-from wpmerge.blocks import Job, TensorMerge, Term, blocks
+from wpmerge.blocks import TensorMerge
 from wpmerge.checkpoint import open_checkpoint
 from wpmerge.checksum import KEYS, PERIOD, Checksum, checksum, odd_numbers
+from wpmerge.dtypes import Dtype
 from wpmerge.errors import CheckpointError, RecipeError, WpmergeError
 from wpmerge.fused import FusedMerge, can_fuse
-from wpmerge.plan import Coefficient
+from wpmerge.jobs import Factor, Job, Term, blocks
+from wpmerge.merging import merge_recipe
 from wpmerge.shards import OutputTensor, Place, layout_shards
 from wpmerge.streaming import merge_jobs
 from wpmerge.workspace import Workspace
@@ -39,7 +42,7 @@ def job_of(models, coefficients, *, method="task_arithmetic", densities=None, no
         Term(checkpoint=model, tensor="x", coefficient=coefficient, density=density)
         for model, coefficient, density in zip(models[1:], coefficients, densities, strict=False)
     )
-    output = OutputTensor(name="x", shape=models[0].tensors["x"].shape, dtype=torch.bfloat16)
+    output = OutputTensor(name="x", shape=models[0].tensors["x"].shape, dtype=Dtype.BF16)
     return Job(output=output, base=(models[0], "x"), terms=terms, method=method, normalize=normalize, scale=scale)
 
 
@@ -120,12 +123,12 @@ def test_fused_is_plain(
     for wanted in axes:
         axis = wanted if wanted is not None and wanted < len(shape) else None
         values = torch.rand(() if axis is None else shape[axis], generator=generator) - 0.5 * negative
-        coefficients.append(Coefficient(values=values, axis=axis))
+        coefficients.append(Factor(values=values.numpy(), axis=axis))
     job = job_of(models, coefficients, method=method, densities=densities, normalize=normalize, scale=scale)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wpmerge.blocks, "BLOCK_ELEMENTS", block)
-        patch.setattr(wpmerge.blocks, "SAMPLE", sample)
-        patch.setattr(wpmerge.blocks, "_RUN", 256)
+        patch.setattr(wpmerge.jobs, "BLOCK_ELEMENTS", block)
+        patch.setattr(wpmerge.trims, "SAMPLE", sample)
+        patch.setattr(wpmerge.trims, "_RUN", 256)
         assert can_fuse(job)
         plain = by_plain(TensorMerge(job, Workspace()), shape)
         file, step = tmp_path_factory.mktemp("out") / "x", block if method == "task_arithmetic" else 2**20
@@ -135,9 +138,9 @@ def test_fused_is_plain(
 def test_no_product_is_fused_with_a_sum(tmp_path):
     """A fused multiply-add would leave the rounding error of the first product."""
     term = torch.tensor([1.0078125]).bfloat16()
-    number = 1 + torch.tensor(2.0**-20)
+    number = 1 + 2.0**-20
     models = opened(tmp_path, [torch.zeros(1).bfloat16(), term, term])
-    job = job_of(models, [Coefficient(values=number), Coefficient(values=-number)])
+    job = job_of(models, [Factor.of(number), Factor.of(-number)])
     assert by_loops(job, tmp_path / "x", 8) == [0]
 
 
@@ -147,7 +150,7 @@ def test_a_file_that_shrinks_is_refused(tmp_path, monkeypatch):
     file = tmp_path / "1" / "model.safetensors"
     os.truncate(file, file.stat().st_size - 100)
     for method in ("task_arithmetic", "ties"):
-        job = job_of(models, [Coefficient(values=torch.tensor(2.0))], method=method, densities=[0.5])
+        job = job_of(models, [Factor.of(2.0)], method=method, densities=[0.5])
         (tmp_path / method).mkdir()
         with pytest.raises(CheckpointError, match="became shorter"):
             merge_jobs([job], layout_shards([job.output], 10**9), tmp_path / method)
@@ -194,7 +197,7 @@ def test_dot64_is_the_checksum(n, step):
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
 def test_what_cannot_be_written_is_left_to_the_plain_way(tmp_path, method):
     models = opened(tmp_path, [torch.zeros(400).bfloat16(), torch.ones(400).bfloat16()])
-    job = job_of(models, [Coefficient(values=torch.tensor(2.0))], method=method, densities=[0.5])
+    job = job_of(models, [Factor.of(2.0)], method=method, densities=[0.5])
     (tmp_path / "x").touch()
     with (tmp_path / "x").open("rb") as file:
         assert FusedMerge(job, Workspace(), kernels).write(0, 400, Place(descriptor=file.fileno(), offset=0)) is None
@@ -213,15 +216,20 @@ def family(place, shape=(300, 70)):
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
 def test_merges_on_disk_are_the_same_with_any_threads(tmp_path, monkeypatch, method):
-    monkeypatch.setattr(wpmerge.blocks, "BLOCK_ELEMENTS", 1024)
-    monkeypatch.setattr(wpmerge.blocks, "SAMPLE", 2048)
+    monkeypatch.setattr(wpmerge.jobs, "BLOCK_ELEMENTS", 1024)
+    monkeypatch.setattr(wpmerge.trims, "SAMPLE", 2048)
     models, names = family(tmp_path)
     jobs = [
         Job(
-            output=OutputTensor(name=name, shape=(300, 70), dtype=torch.bfloat16),
+            output=OutputTensor(name=name, shape=(300, 70), dtype=Dtype.BF16),
             base=(models[0], name),
             terms=tuple(
-                Term(checkpoint=model, tensor=name, coefficient=Coefficient(values=torch.rand(70), axis=1), density=0.4)
+                Term(
+                    checkpoint=model,
+                    tensor=name,
+                    coefficient=Factor(values=torch.rand(70).numpy(), axis=1),
+                    density=0.4,
+                )
                 for model in models[1:]
             ),
             method=method,
@@ -248,7 +256,7 @@ def test_what_is_not_finite_is_refused_by_name(tmp_path, monkeypatch, method, cu
     tensors = [torch.zeros(30, 20).bfloat16(), torch.ones(30, 20).bfloat16()]
     tensors[culprit][13, 7] = value
     models = opened(tmp_path, tensors)
-    job = job_of(models, [Coefficient(values=torch.tensor(0.0))], method=method, densities=[0.5])
+    job = job_of(models, [Factor.of(0.0)], method=method, densities=[0.5])
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match="flat index 267") as caught:
         merge_jobs([job], layout_shards([job.output], 10**9), tmp_path / "out")
@@ -258,7 +266,7 @@ def test_what_is_not_finite_is_refused_by_name(tmp_path, monkeypatch, method, cu
 def test_overflow_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(wpmerge.fused, "WORTH_COMPILING", 0)
     models = opened(tmp_path, [torch.zeros(4).bfloat16(), torch.full((4,), 3e38).bfloat16()])
-    job = job_of(models, [Coefficient(values=torch.tensor(2.0))])
+    job = job_of(models, [Factor.of(2.0)])
     (tmp_path / "out").mkdir()
     with pytest.raises(RecipeError, match="overflows bfloat16"):
         merge_jobs([job], layout_shards([job.output], 10**9), tmp_path / "out")
@@ -267,7 +275,7 @@ def test_overflow_is_refused(tmp_path, monkeypatch):
 def test_only_jobs_that_are_bfloat16_throughout_are_fused(tmp_path):
     half = torch.ones(4, 4).bfloat16()
     models = opened(tmp_path, [half, half, half.float()])
-    one = Coefficient(values=torch.tensor(1.0))
+    one = Factor.of(1.0)
     assert can_fuse(job_of(models[:2], [one]))
     assert not can_fuse(job_of([models[0], models[2]], [one]))
     assert not can_fuse(job_of([models[2], models[0]], [one]))
@@ -275,23 +283,50 @@ def test_only_jobs_that_are_bfloat16_throughout_are_fused(tmp_path):
     assert not can_fuse(job_of(models[:1], []))
 
 
-def test_small_merges_do_not_import_numba(tmp_path):
-    models, _ = family(tmp_path)
-    program = """
+def imported_by_a_merge(place, recipe, worth, *options):
+    """Which of torch and numba a merge by the command line imports, in a process of its own."""
+    program = f"""
 import sys
-from pathlib import Path
+import wpmerge.fused
 from wpmerge.cli import main
+wpmerge.fused.WORTH_COMPILING = {worth}
 try:
     main()
 finally:
-    assert "numba" not in sys.modules
+    print("imported", *(name for name in ("torch", "numba") if name in sys.modules))
 """
-    recipe = tmp_path / "recipe.yml"
-    listed = "".join(f"  - model: {model.path}\n    parameters: {{weight: 0.5}}\n" for model in models[1:])
-    recipe.write_text(f"merge_method: task_arithmetic\nbase_model: {models[0].path}\nmodels:\n{listed}dtype: float32\n")
-    command = [sys.executable, "-c", program, "merge", str(recipe), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-c", program, "merge", str(recipe), "--out", str(place), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+def two_expert_recipe(file, models, method):
+    density = ", density: 0.5" if method == "ties" else ""
+    listed = "".join(f"  - {{model: {m.path}, parameters: {{weight: 0.5{density}}}}}\n" for m in models[1:])
+    file.write_text(f"merge_method: {method}\nbase_model: {models[0].path}\nmodels:\n{listed}dtype: bfloat16\n")
+    return file
+
+
+def test_small_merges_do_not_import_numba(tmp_path):
+    models, _ = family(tmp_path)
+    recipe = two_expert_recipe(tmp_path / "recipe.yml", models, "task_arithmetic")
+    assert imported_by_a_merge(tmp_path / "out", recipe, wpmerge.fused.WORTH_COMPILING) == {"torch"}
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_compiled_merges_do_not_import_torch(tmp_path, method, threads):
+    """A small tensor, whose magnitudes are all held, and one of which TIES takes a sample."""
+    generator = torch.Generator().manual_seed(0)
+    names = {"a": (300, 70), "b": (400, 300)}
+    tensors = [{n: torch.randn(s, generator=generator).bfloat16() for n, s in names.items()} for _ in range(3)]
+    models = [open_checkpoint(write_checkpoint(tmp_path / str(i), t)) for i, t in enumerate(tensors)]
+    recipe, out = two_expert_recipe(tmp_path / "recipe.yml", models, method), tmp_path / "out"
+    assert imported_by_a_merge(out, recipe, 0, "--threads", threads) == {"numba"}
+    merge_recipe(recipe, tmp_path / "plain")
+    for file in ("model.safetensors", "merge.json"):
+        assert (out / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
 
 
 def test_machine_code_that_cannot_be_kept_is_used_all_the_same(tmp_path):
@@ -314,6 +349,6 @@ def test_without_numba_a_large_merge_says_so_and_goes_on(tmp_path, monkeypatch, 
     monkeypatch.setitem(sys.modules, "wpmerge.kernels", None)
     monkeypatch.delattr("wpmerge.kernels")
     models = opened(tmp_path, [torch.zeros(4).bfloat16(), torch.ones(4).bfloat16()])
-    job = job_of(models, [Coefficient(values=torch.tensor(2.0))])
+    job = job_of(models, [Factor.of(2.0)])
     assert wpmerge.fused.load_kernels([job]) is None
     assert "numba cannot be used" in caplog.text

@@ -12,8 +12,9 @@ import torch
 import yaml
 from checkpoints import CONFIG, family, llama_shapes, random_weights, tokenizer, write_checkpoint
 
-import wpmerge.blocks
+import wpmerge.jobs
 from wpmerge.checkpoint import open_checkpoint
+from wpmerge.dtypes import Dtype
 from wpmerge.errors import CheckpointError, OutputError, RecipeError, WpmergeError
 from wpmerge.merging import check_inputs, merge, merge_recipe, merged_state_dict, merged_tensor, open_inputs
 from wpmerge.plan import Coefficient, InputModel, Plan, input_model, load_plan
@@ -74,7 +75,7 @@ def test_a_merge_is_its_definition(tmp_path, vectors):
     in_memory = merged_state_dict(plan, checkpoints)
     differ = 0
     for name, info in merged.tensors.items():
-        assert info.dtype == torch.bfloat16
+        assert info.dtype is Dtype.BF16
         distance = ulps(merged.load(name), reference(plan, checkpoints, name))
         assert distance.max() <= 1
         differ += int((distance > 0).sum())
@@ -137,9 +138,9 @@ def test_shards_have_an_index_and_the_same_tensors(tmp_path):
 def test_dtype_is_converted_and_said(tmp_path):
     checkpoints = open_family(family(tmp_path))
     plan = make_plan(checkpoints)
-    merge(plan, checkpoints, tmp_path / "out", dtype=torch.float32)
+    merge(plan, checkpoints, tmp_path / "out", dtype=Dtype.F32)
     merged = open_checkpoint(tmp_path / "out")
-    assert {info.dtype for info in merged.tensors.values()} == {torch.float32}
+    assert {info.dtype for info in merged.tensors.values()} == {Dtype.F32}
     assert merged.config["dtype"] == "float32"
 
 
@@ -170,7 +171,7 @@ def test_an_adapter_merges_like_its_merged_checkpoint(tmp_path):
     merge(plan, checkpoints, tmp_path / "out")
     merged = open_checkpoint(tmp_path / "out")
     assert ulps(merged.load(UP), reference(plan, checkpoints, UP)).max() <= 1
-    assert merged.tensors[UP].dtype == torch.bfloat16
+    assert merged.tensors[UP].dtype is Dtype.BF16
     recipe = (tmp_path / "out" / "recipe.yml").read_text()
     assert "exactly" not in recipe
     assert "differ by that rounding" in recipe
@@ -348,9 +349,9 @@ def test_too_little_disk_is_found_before_any_work(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import wpmerge.shards, wpmerge.blocks
+import wpmerge.shards, wpmerge.jobs
 from wpmerge.merging import merge_recipe
-wpmerge.blocks.BLOCK_ELEMENTS = 64
+wpmerge.jobs.BLOCK_ELEMENTS = 64
 left = [int(sys.argv[3])]
 write = wpmerge.shards.ShardWriter.write
 def dying(*arguments):
@@ -481,7 +482,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
 
 
 def test_progress_counts_bytes_of_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(wpmerge.blocks, "BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr(wpmerge.jobs, "BLOCK_ELEMENTS", 64)
     made, seen = family(tmp_path), []
     attempt(tmp_path, made, progress=lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] == sum(i.nbytes for i in open_checkpoint(made["base"]).tensors.values())

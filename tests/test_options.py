@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from wpmerge import options
+from wpmerge.dtypes import Dtype
 from wpmerge.errors import WpmergeError
 
 
@@ -103,10 +103,10 @@ def test_what_is_no_size(text: str) -> None:
 
 
 def test_dtypes() -> None:
-    assert options.torch_dtype("--dtype", None) is None
-    assert options.torch_dtype("--dtype", "bfloat16") is torch.bfloat16
+    assert options.stored_dtype("--dtype", None) is None
+    assert options.stored_dtype("--dtype", "bfloat16") is Dtype.BF16
     with pytest.raises(WpmergeError, match="--dtype"):
-        options.torch_dtype("--dtype", "int8")
+        options.stored_dtype("--dtype", "int8")
 
 
 def test_devices() -> None:

@@ -7,6 +7,7 @@ from checkpoints import CONFIG, LAYERS, family, llama_shapes, random_weights, wr
 from test_merging import make_plan, open_family, ulps
 
 from wpmerge.checkpoint import open_checkpoint
+from wpmerge.dtypes import Dtype
 from wpmerge.errors import RecipeError
 from wpmerge.exact_recipe import write_exact_recipe
 from wpmerge.merging import merge, merge_recipe
@@ -141,7 +142,7 @@ def test_an_exact_recipe_carries_vectors_through_mergekit(tmp_path, made, vector
     path = write_exact_recipe(plan, checkpoints, tmp_path / "exact")
     document = yaml.safe_load(path.read_text()) | {"out_dtype": "float32"}
     theirs = with_mergekit(document, tmp_path / "theirs")
-    merge(plan, checkpoints, tmp_path / "ours", dtype=torch.float32)
+    merge(plan, checkpoints, tmp_path / "ours", dtype=Dtype.F32)
     ours = open_checkpoint(tmp_path / "ours")
     scale = max(float(ours.load(name).abs().max()) for name in ours.tensors)
     worst = max(float((ours.load(name) - theirs.load(name)).abs().max()) for name in ours.tensors)

@@ -6,9 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wpmerge.dtypes import Dtype
 from wpmerge.shards import OutputTensor, ShardWriter, index_json, layout_shards
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool]
+DTYPES = [Dtype.F32, Dtype.BF16, Dtype.F16, Dtype.F64, Dtype.I64, Dtype.BOOL]
 
 
 def outputs(shapes, dtypes):
@@ -27,7 +28,7 @@ def outputs(shapes, dtypes):
 def test_safetensors_reads_what_was_written_in_pieces(tmp_path_factory, shapes, dtypes, limit, step):
     directory = tmp_path_factory.mktemp("shards")
     tensors = outputs(shapes, dtypes[: len(shapes)])
-    values = {t.name: (torch.randn(t.shape) * 3).to(t.dtype) for t in tensors}
+    values = {t.name: (torch.randn(t.shape) * 3).to(t.dtype.torch) for t in tensors}
     shards = layout_shards(tensors, limit)
     for shard in shards:
         writer = ShardWriter(directory, shard)
@@ -47,7 +48,7 @@ def test_safetensors_reads_what_was_written_in_pieces(tmp_path_factory, shapes, 
 def test_the_header_is_the_one_safetensors_writes(tmp_path):
     values = {"b": torch.ones(3, dtype=torch.bfloat16), "a": torch.ones(2, 2), "c": torch.ones(1)}
     safetensors.torch.save_file(values, tmp_path / "theirs", metadata={"format": "pt"})
-    tensors = [OutputTensor(name=name, shape=tuple(v.shape), dtype=v.dtype) for name, v in values.items()]
+    tensors = [OutputTensor(name=name, shape=tuple(v.shape), dtype=Dtype.of(v.dtype)) for name, v in values.items()]
     (shard,) = layout_shards(tensors, 10**9)
     writer = ShardWriter(tmp_path, shard)
     for name, value in values.items():
@@ -57,7 +58,7 @@ def test_the_header_is_the_one_safetensors_writes(tmp_path):
 
 
 def test_names_and_index_are_transformers(tmp_path):
-    shards = layout_shards(outputs([[4], [4], [4]], [torch.float32] * 3), 20)
+    shards = layout_shards(outputs([[4], [4], [4]], [Dtype.F32] * 3), 20)
     assert [shard.name for shard in shards] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     index = json.loads(index_json(shards))
     assert index["metadata"]["total_size"] == 48
@@ -65,7 +66,7 @@ def test_names_and_index_are_transformers(tmp_path):
 
 
 def test_a_block_of_another_dtype_is_a_bug(tmp_path):
-    (shard,) = layout_shards(outputs([[4]], [torch.float32]), 100)
+    (shard,) = layout_shards(outputs([[4]], [Dtype.F32]), 100)
     writer = ShardWriter(tmp_path, shard)
     with pytest.raises(ValueError, match="stored as"):
         writer.write("t0", 0, torch.ones(4).half())

@@ -6,13 +6,13 @@ from checkpoints import write_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
-import wpmerge.blocks
-from wpmerge.blocks import blocks
+import wpmerge.jobs
 from wpmerge.checkpoint import open_checkpoint
+from wpmerge.dtypes import Dtype
 from wpmerge.errors import CheckpointError, RecipeError
-from wpmerge.plan import Coefficient
+from wpmerge.jobs import Factor, Job, Term, blocks
 from wpmerge.shards import OutputTensor, layout_shards
-from wpmerge.streaming import Job, Term, job_dtype, merge_jobs, merge_tensor
+from wpmerge.streaming import job_dtype, merge_jobs, merge_tensor
 
 
 @given(st.lists(st.integers(0, 2000), max_size=3))
@@ -21,7 +21,7 @@ def test_blocks_cover_a_tensor_once_and_stay_small(shape):
     ends = [0]
     for start, stop in blocks(shape):
         assert start == ends[-1] < stop
-        assert stop - start <= wpmerge.blocks.BLOCK_ELEMENTS
+        assert stop - start <= wpmerge.jobs.BLOCK_ELEMENTS
         ends.append(stop)
     assert ends[-1] == math.prod(shape)
 
@@ -32,7 +32,7 @@ def job(base, others, coefficients, dtype, name="x"):
         Term(checkpoint=other, tensor=name, coefficient=coefficient)
         for other, coefficient in zip(others, coefficients, strict=True)
     )
-    return Job(output=OutputTensor(name=name, shape=shape, dtype=dtype), base=(base, name), terms=terms)
+    return Job(output=OutputTensor(name=name, shape=shape, dtype=Dtype.of(dtype)), base=(base, name), terms=terms)
 
 
 @given(
@@ -47,16 +47,15 @@ def test_any_coefficients_on_any_blocks_match_float64(tmp_path_factory, shape, a
     directory, generator = tmp_path_factory.mktemp("jobs"), torch.Generator().manual_seed(seed)
     tensors = [torch.randn(shape, generator=generator).to(stored) for _ in range(len(axes) + 1)]
     opened = [open_checkpoint(write_checkpoint(directory / str(i), {"x": tensor})) for i, tensor in enumerate(tensors)]
-    coefficients = []
-    for axis in axes:
+    exact, coefficients = tensors[0].double(), []
+    for tensor, axis in zip(tensors[1:], axes, strict=True):
         vector = axis is not None and axis < len(shape)
         values = torch.rand(shape[axis] if vector else (), generator=generator)
-        coefficients.append(Coefficient(values=values, axis=axis if vector else None))
-    exact = tensors[0].double()
-    for tensor, coefficient in zip(tensors[1:], coefficients, strict=True):
-        exact = exact + coefficient.expand(tuple(shape)).double() * (tensor.double() - tensors[0].double())
+        coefficients.append(Factor(values=values.numpy(), axis=axis if vector else None))
+        wide = values.double().view([-1 if vector and i == axis else 1 for i in range(len(shape))])
+        exact = exact + wide * (tensor.double() - tensors[0].double())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wpmerge.blocks, "BLOCK_ELEMENTS", block)
+        patch.setattr(wpmerge.jobs, "BLOCK_ELEMENTS", block)
         merged = merge_tensor(job(opened[0], opened[1:], coefficients, out))
     assert (merged.shape, merged.dtype) == (exact.shape, out)
     error = (merged.double() - exact).abs()
@@ -71,7 +70,7 @@ def test_almost_every_element_is_correctly_rounded(tmp_path):
     others = [(base.float() + 0.05 * torch.randn(400, 500, generator=generator)).bfloat16() for _ in range(3)]
     opened = [open_checkpoint(write_checkpoint(tmp_path / str(i), {"x": t})) for i, t in enumerate([base, *others])]
     numbers = [0.7, 0.9, 0.33]
-    coefficients = [Coefficient(values=torch.tensor(number)) for number in numbers]
+    coefficients = [Factor.of(number) for number in numbers]
     merged = merge_tensor(job(opened[0], opened[1:], coefficients, torch.bfloat16))
     exact = base.double() + sum(
         float(torch.tensor(number)) * (other.double() - base.double())
@@ -82,7 +81,7 @@ def test_almost_every_element_is_correctly_rounded(tmp_path):
 
 
 def test_threads_and_shards_do_not_change_a_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(wpmerge.blocks, "BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr(wpmerge.jobs, "BLOCK_ELEMENTS", 64)
     generator = torch.Generator().manual_seed(0)
     names = [f"x{i}" for i in range(6)]
     opened = [
@@ -91,7 +90,7 @@ def test_threads_and_shards_do_not_change_a_bit(tmp_path, monkeypatch):
         )
         for i in range(3)
     ]
-    values = Coefficient(values=torch.rand(21, generator=generator), axis=1)
+    values = Factor(values=torch.rand(21, generator=generator).numpy(), axis=1)
     jobs = [job(opened[0], opened[1:], [values, values], torch.bfloat16, name=name) for name in names]
     results = []
     for threads, limit in [(1, 10**9), (4, 10**9), (3, 3000), (1, 1)]:
@@ -136,7 +135,7 @@ def test_what_is_not_finite_is_refused_even_at_weight_zero(tmp_path, culprit, va
     tensors = [torch.zeros(30, 20), torch.ones(30, 20)]
     tensors[culprit][13, 7] = value
     opened = [open_checkpoint(write_checkpoint(tmp_path / f"m{i}", {"x": t})) for i, t in enumerate(tensors)]
-    jobs = [job(opened[0], opened[1:], [Coefficient(values=torch.tensor(0.0))], torch.bfloat16)]
+    jobs = [job(opened[0], opened[1:], [Factor.of(0.0)], torch.bfloat16)]
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match="flat index 267") as caught:
         merge_jobs(jobs, layout_shards([jobs[0].output], 10**9), tmp_path / "out", threads=threads)
@@ -145,15 +144,15 @@ def test_what_is_not_finite_is_refused_even_at_weight_zero(tmp_path, culprit, va
 
 def test_overflow_of_the_output_dtype_is_refused(tmp_path):
     opened = [open_checkpoint(write_checkpoint(tmp_path / str(i), {"x": torch.full((4,), 4e4 * i)})) for i in (0, 1)]
-    coefficient = Coefficient(values=torch.tensor(2.0))
+    coefficient = Factor.of(2.0)
     assert merge_tensor(job(opened[0], opened[1:], [coefficient], torch.float32)).tolist() == [8e4] * 4
     with pytest.raises(RecipeError, match="overflows float16"):
         merge_tensor(job(opened[0], opened[1:], [coefficient], torch.float16))
 
 
 def test_integers_keep_their_dtype():
-    assert job_dtype(torch.int64, torch.bfloat16) == torch.int64
-    assert job_dtype(torch.float32, torch.bfloat16) == torch.bfloat16
-    assert job_dtype(torch.float32, None) == torch.float32
+    assert job_dtype(Dtype.I64, Dtype.BF16) is Dtype.I64
+    assert job_dtype(Dtype.F32, Dtype.BF16) is Dtype.BF16
+    assert job_dtype(Dtype.F32, None) is Dtype.F32
     with pytest.raises(CheckpointError, match="cannot be stored"):
-        job_dtype(torch.float32, torch.int8)
+        job_dtype(Dtype.F32, Dtype.I8)

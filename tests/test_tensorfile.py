@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wpmerge.dtypes import Dtype
 from wpmerge.errors import CheckpointError
 from wpmerge.tensorfile import MAX_HEADER_BYTES, SafetensorsFile, check_finite, open_tensor_file
 
@@ -44,7 +45,7 @@ def test_reads_what_safetensors_wrote_in_every_dtype(file):
     assert set(opened.tensors) == set(tensors)
     for name, tensor in tensors.items():
         info = opened.tensors[name]
-        assert (info.shape, info.dtype, info.numel) == (tuple(tensor.shape), tensor.dtype, tensor.numel())
+        assert (info.shape, info.dtype.torch, info.numel) == (tuple(tensor.shape), tensor.dtype, tensor.numel())
         assert torch.equal(opened.read(name, 0, info.numel), tensor.reshape(-1))
         if info.numel:
             with file.open("rb") as stream:
@@ -140,7 +141,7 @@ def test_reads_a_legacy_pickle_and_its_views(tmp_path):
     assert torch.equal(opened.read("x", 2, 9), values.reshape(-1)[2:9])
     assert torch.equal(opened.read("t", 1, 5), values.T.reshape(-1)[1:5])
     assert opened.tensors["t"].shape == (4, 3)
-    assert opened.tensors["h"].dtype == torch.float16
+    assert opened.tensors["h"].dtype is Dtype.F16
 
 
 def test_a_malicious_pickle_is_refused_and_not_run(tmp_path):

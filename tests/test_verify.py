@@ -9,6 +9,7 @@ from test_merging import make_plan, open_family
 
 from wpmerge.checkpoint import open_checkpoint
 from wpmerge.checksum import checksum
+from wpmerge.dtypes import Dtype
 from wpmerge.errors import RecipeError
 from wpmerge.merging import merge, merge_recipe
 from wpmerge.plan import Operator, Plan, load_plan
@@ -88,7 +89,7 @@ def test_recipes_verify_with_their_settings(tmp_path, method):
         "dtype": "bfloat16",
     } | ({} if method == "linear" else {"base_model": str(made["base"])})  # fmt: skip
     (tmp_path / "r.yml").write_text(yaml.safe_dump(document))
-    settings = {"parity": "mergekit"} if method == "task_arithmetic" else {"seed": 5, "dtype": torch.float32}
+    settings = {"parity": "mergekit"} if method == "task_arithmetic" else {"seed": 5, "dtype": Dtype.F32}
     merge_recipe(tmp_path / "r.yml", tmp_path / "out", **settings)
     assert verify(tmp_path / "out", sample=None).passed
     merge_recipe(tmp_path / "r.yml", tmp_path / "again", threads=3, shard_bytes=2000, **settings)

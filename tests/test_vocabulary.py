@@ -55,6 +55,7 @@ def test_the_bases_rows(made, tmp_path, caplog):
     assert merged.config["vocab_size"] == VOCAB
     assert (tmp_path / "out" / "tokenizer.json").read_text() == (made["base"].path / "tokenizer.json").read_text()
     assert "e1: rows 37 to 39 of embedding and head are left out" in caplog.text
+    assert f"37 rows and the tokenizer of {made['base'].source}" in caplog.text
 
 
 def test_the_largests_rows(made, tmp_path, caplog):
@@ -67,6 +68,7 @@ def test_the_largests_rows(made, tmp_path, caplog):
     assert (tmp_path / "out" / "tokenizer.json").read_text() == (made["e1"].path / "tokenizer.json").read_text()
     assert "base: rows 37 to 39 of embedding and head are those of" in caplog.text
     assert "e0: rows 37 to 39" in caplog.text
+    assert f"40 rows and the tokenizer of {made['e1'].source}" in caplog.text
 
 
 @pytest.mark.parametrize("vocab", ["base", "largest"])
@@ -86,6 +88,14 @@ def test_a_smaller_expert_is_no_base(made):
     check_same_family(views["base"], views["small"], name="small")
     assert torch.equal(views["small"].load(EMBED)[VOCAB:], made["e1"].load(EMBED)[VOCAB:])
     assert torch.equal(views["small"].load_elements(EMBED, 590, 600), views["small"].load(EMBED).view(-1)[590:600])
+
+
+def test_the_rows_of_a_nested_configuration(made):
+    """Models of text and images state the vocabulary in a part of their own."""
+    for model in made.values():
+        model.config = {"text_config": {"vocab_size": model.config["vocab_size"], "hidden_size": 16}}
+    views = match_vocabulary(made, "base", "largest")
+    assert [view.config["text_config"] for view in views.values()] == [{"vocab_size": ROWS, "hidden_size": 16}] * 3
 
 
 def test_equal_vocabularies_stay_what_they_are(made):

@@ -4,20 +4,23 @@ LoRA (Hu et al. 2021, section 4.1): W = W_base + (alpha / r) B A, with alpha / s
 (Kalajdzievski 2023). Anything that is not this sum is refused by name.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from jaxtyping import Float
-from torch import Tensor
 
 from wpmerge.errors import CheckpointError
 from wpmerge.tensorfile import TensorFile, TensorInfo, check_finite, open_tensor_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG_NAME = "adapter_config.json"
 TILE_ELEMENTS = 2**16
@@ -54,6 +57,8 @@ class LowRank:
 
         Computed in row tiles that depend on the shape alone, so that a block's bits do not depend on its bounds.
         """
+        import torch
+
         columns = self.down.shape[1]
         tile = max(1, TILE_ELEMENTS // columns)
         first = start // columns // tile * tile

@@ -257,7 +257,7 @@ def fuse(
         plan_only=plan_only,
         exact_recipe=None if exact_recipe is None else Path(exact_recipe),
         allow_nan=allow_nan,
-        dtype=options.torch_dtype("dtype", dtype),
+        dtype=options.stored_dtype("dtype", dtype),
         shard_bytes=_size("shard_size", shard_size),
         threads=threads,
         overwrite=overwrite,
@@ -339,7 +339,7 @@ def merge(
     by = options.one_of("engine", engine, ("wpmerge", "mergekit"))
     common: dict[str, Any] = {
         "shard_bytes": _size("shard_size", shard_size),
-        "dtype": options.torch_dtype("dtype", dtype),
+        "dtype": options.stored_dtype("dtype", dtype),
         "threads": threads,
         "overwrite": overwrite,
         "allow_nan": allow_nan,

@@ -302,7 +302,7 @@ def _as_stored(family: Family, merged: StateWeights) -> StateWeights:
     """Weights rounded once to the dtype the base is stored in, as a merged checkpoint's would be."""
     tensors = {}
     for name, tensor in merged.tensors.items():
-        dtype = family.base.tensors[family.layout.stored[name]].dtype
+        dtype = family.base.tensors[family.layout.stored[name]].dtype.torch
         tensors[name] = tensor.to(dtype).to(tensor.dtype)
     return StateWeights(layout=family.layout, tensors=tensors)
 

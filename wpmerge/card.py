@@ -1,13 +1,18 @@
 """The model card of a merge: front matter that hubs read, what was merged, and the recipe."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from wpmerge.checkpoint import Checkpoint
-from wpmerge.plan import Plan
+from wpmerge.directory import is_hub_id
+
+if TYPE_CHECKING:
+    from wpmerge.plan import Plan
 
 _OPERATIONS = {
     "task_arithmetic": "Σ coefficient · (expert - base)",
@@ -32,15 +37,16 @@ def model_card(
     Args:
         name: the merged model's name.
         base: where the license is taken from, if its card states one.
-        models: what was merged, as the user named it, the base first.
+        models: what was merged, as the user named it, the base first. Hubs refuse a card whose front matter names
+            something else than their models: directories stand in the recipe alone.
         summary: what was done, in Markdown.
         recipe: the YAML recipe.
         version: of wpmerge.
         record: SHA-256 of ``merge.json``, which holds the checksum of every tensor.
     """
+    known = _hub_ids(models)
     front: dict[str, Any] = {
-        "base_model": list(models),
-        "base_model_relation": "merge",
+        **({"base_model": known, "base_model_relation": "merge"} if known else {}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["merge", "wpmerge"],
@@ -54,6 +60,12 @@ def model_card(
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n"
         f"# {name}\n\n{summary}\n\nMade with wpmerge {version}.\n\n## Recipe\n\n{fence}yaml\n{recipe}{fence}\n"
     )
+
+
+def _hub_ids(models: Sequence[str]) -> list[str]:
+    """The hub ids among models, without revisions; of ``base+adapter`` both."""
+    parts = [part for model in models for part in model.split("+")]
+    return list(dict.fromkeys(part.partition("@")[0] for part in parts if is_hub_id(part) and not Path(part).exists()))
 
 
 def plan_summary(plan: Plan) -> str:

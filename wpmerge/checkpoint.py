@@ -4,21 +4,27 @@ Opening reads headers and configuration only; weights are read by position, bloc
 grow with the model. What a checkpoint says of itself is checked before it is believed.
 """
 
+from __future__ import annotations
+
 import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 from jaxtyping import Shaped
-from torch import Tensor
+from numpy.typing import NDArray
 
 from wpmerge.adapter import Adapter, is_adapter, read_adapter
 from wpmerge.directory import locate, read_config, read_tensors, tokenizer_differences
+from wpmerge.dtypes import Dtype
 from wpmerge.errors import CheckpointError
-from wpmerge.tensorfile import TensorFile, TensorInfo, check_finite
+from wpmerge.tensorfile import TensorFile, TensorInfo, bytes_of, check_finite
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Checkpoint", "TensorInfo", "check_finite", "check_same_family", "open_checkpoint"]
 
@@ -76,7 +82,9 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such tensor, or its file cannot be read.
         """
-        out = torch.empty(max(0, stop - start), dtype=self._info(name).dtype)
+        import torch
+
+        out = torch.empty(max(0, stop - start), dtype=self._info(name).dtype.torch)
         if stop < start:
             raise IndexError(f"{name} has no elements {start} to {stop}")
         self.load_into(name, start, out)
@@ -92,6 +100,17 @@ class Checkpoint:
         if not 0 <= start <= start + out.numel() <= info.numel:
             raise IndexError(f"{name} has {info.numel} elements, not {start} to {start + out.numel()}")
         self._files[info.file].read_into(info.name, start, out)
+
+    def stored_bytes(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        """The bytes of elements ``start`` to ``stop`` of a tensor in its stored dtype.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its file cannot be read.
+        """
+        info = self._info(name)
+        if (file := self._files.get(info.file)) is None:  # a view of another checkpoint: its elements are computed
+            return bytes_of(self.load_elements(name, start, stop))
+        return file.read_bytes(info.name, start, stop)
 
     def where(self, name: str) -> str:
         """A tensor and its file, for messages."""
@@ -110,13 +129,12 @@ class Checkpoint:
         """
         digest = hashlib.sha256()
         for name, info in self.tensors.items():
-            digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
+            digest.update(f"{name} torch.{info.dtype} {info.shape}\n".encode())
             step = (COMPARE_ELEMENTS if full else SAMPLE_BYTES) // info.dtype.itemsize
             last = max(0, info.numel - step)
             starts = range(0, info.numel, step) if full else sorted({0, last // 2, last})
             for start in starts:
-                block = self.load_elements(name, start, min(start + step, info.numel))
-                digest.update(block.view(torch.uint8).numpy().data)
+                digest.update(self.stored_bytes(name, start, min(start + step, info.numel)).data)
         return f"{'' if full else 'sampled-'}sha256:{digest.hexdigest()}"
 
     def _info(self, name: str) -> TensorInfo:
@@ -136,7 +154,7 @@ class _AdaptedCheckpoint(Checkpoint):
             tensors[name] = adapter.file.tensors[key]
         for name in adapter.low_rank:
             info = base.tensors[name]
-            tensors[name] = replace(info, dtype=torch.float32, file=adapter.file.path, offset=-1, nbytes=info.numel * 4)
+            tensors[name] = replace(info, dtype=Dtype.F32, file=adapter.file.path, offset=-1, nbytes=info.numel * 4)
         super().__init__(source=source, path=adapter.path, config=base.config, files={}, tensors=tensors, tied={})
         self.base = base
         self._terms = adapter
@@ -197,8 +215,8 @@ def _find_tied(whole: Checkpoint) -> dict[str, str]:
         stop = min(start + COMPARE_ELEMENTS, head.numel)
         if not same:
             break
-        pair = [whole.load_elements(info.name, start, stop).view(torch.uint8) for info in (head, embedding)]
-        same = torch.equal(*pair)
+        pair = [whole.stored_bytes(info.name, start, stop) for info in (head, embedding)]
+        same = np.array_equal(pair[0], pair[1])
     if not same:
         raise CheckpointError(
             f"{head.name} differs from {embedding.name}, but the configuration ties them",

@@ -5,14 +5,20 @@ dot64 of a tensor: its bytes in row-major order, padded with zeros to whole litt
 (splitmix64: Steele, Lea and Flood 2014, figure 1, of seed i). It finds damage and mix-ups; it is no signature.
 """
 
+from __future__ import annotations
+
 import threading
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from jaxtyping import Shaped
 from numpy.typing import NDArray
-from torch import Tensor
+
+from wpmerge.tensorfile import bytes_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PERIOD = 2**15
 _MASK64 = 2**64 - 1
@@ -27,9 +33,12 @@ class Checksum:
 
     def add(self, start: int, block: Shaped[Tensor, " n"]) -> None:
         """Take in a flat block that begins at byte ``start`` of the tensor, a multiple of 8."""
+        self.add_bytes(start, bytes_of(block))
+
+    def add_bytes(self, start: int, data: NDArray[np.uint8]) -> None:
+        """The same, of the block's bytes."""
         if start % 8:
             raise ValueError(f"a block begins at byte {start}, which is no multiple of 8")
-        data = block.contiguous().view(torch.uint8).numpy()
         whole = len(data) // 8 * 8
         total = _total(start // 8, data[:whole].view(np.uint64))
         if whole < len(data):

@@ -123,7 +123,7 @@ def fuse(
     chosen_rule = options.one_of("--rule", rule, RULES)
     level = None if granularity is None else options.one_of("--granularity", granularity, GRANULARITIES)
     by = options.one_of("--method", method, METHODS)
-    options.torch_dtype("--dtype", dtype)
+    options.stored_dtype("--dtype", dtype)
     from wpmerge import api, summaries
 
     with console.reporting() as report:

@@ -56,12 +56,12 @@ def merge(
     """Carry out a mergekit recipe or a plan with the streaming engine, block by block."""
     console.set_up(verbose=verbose)
     shard_bytes = options.byte_size("--shard-size", shard_size)
-    written_dtype = options.torch_dtype("--dtype", dtype)
+    written_dtype = options.stored_dtype("--dtype", dtype)
     by = options.one_of("--engine", engine, ENGINES)
     alike = None if parity is None else options.one_of("--parity", parity, ("mergekit",))
     whose = None if vocab is None else options.one_of("--vocab", vocab, VOCABULARIES)
     places = options.named("--model", model or [])
-    from wpmerge import summaries
+    from wpmerge import merge_summaries
     from wpmerge.errors import RecipeError
     from wpmerge.merging import merge_plan, merge_recipe
 
@@ -109,8 +109,8 @@ def merge(
                 trust_remote_code=trust_remote_code,
                 progress=tell,
             )
-    summary = summaries.merge_summary(result)
-    console.show(summary, summaries.merge_tables(summary), as_json=as_json)
+    summary = merge_summaries.merge_summary(result)
+    console.show(summary, merge_summaries.merge_tables(summary), as_json=as_json)
 
 
 def verify(
@@ -129,7 +129,7 @@ def verify(
     """
     console.set_up(verbose=verbose)
     places = options.named("--model", inputs or [])
-    from wpmerge import summaries
+    from wpmerge import merge_summaries
     from wpmerge import verify as verifying
 
     with console.reporting() as report:
@@ -141,7 +141,7 @@ def verify(
             trust_remote_code=trust_remote_code,
             progress=lambda done, total: report("verifying", done, total),
         )
-    summary = summaries.verification_summary(merged, found)
-    console.show(summary, summaries.verification_tables(summary), as_json=as_json)
+    summary = merge_summaries.verification_summary(merged, found)
+    console.show(summary, merge_summaries.verification_tables(summary), as_json=as_json)
     if not found.passed:
         raise typer.Exit(1)

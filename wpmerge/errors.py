@@ -1,5 +1,12 @@
 """Errors that a user can mend. Anything else is a bug and may show its traceback."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class WpmergeError(Exception):
     """What went wrong, in terms a user can act on; ``cli`` prints it and exits with code 2.
@@ -49,3 +56,10 @@ class OutputError(WpmergeError):
 
 class EvaluationError(WpmergeError):
     """A task or its data is not at hand, or a model cannot be evaluated."""
+
+
+def describe(error: ValidationError) -> str:
+    """A schema violation in one line: the first fault, and how many there are."""
+    faults = error.errors(include_url=False)
+    place = ".".join(str(part) for part in faults[0]["loc"])
+    return f"{place}: {faults[0]['msg']}" + (f" ({len(faults)} faults in all)" if len(faults) > 1 else "")

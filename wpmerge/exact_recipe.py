@@ -10,10 +10,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 import yaml
 
 from wpmerge.checkpoint import Checkpoint
+from wpmerge.dtypes import Dtype
 from wpmerge.errors import RecipeError
 from wpmerge.merging import check_inputs, plan_jobs
 from wpmerge.output import check_space, output_directory, write_file
@@ -65,8 +65,8 @@ def write_exact_recipe(
         for name, coefficient in coefficients.items()
         if single_number(coefficient) is None
     }
-    jobs = {job.output.name: job for job in plan_jobs(plan, checkpoints, dtype=torch.float32)}
-    stored = [OutputTensor(name=name, shape=info.shape, dtype=torch.float32) for name, info in base.tensors.items()]
+    jobs = {job.output.name: job for job in plan_jobs(plan, checkpoints, dtype=Dtype.F32)}
+    stored = [OutputTensor(name=name, shape=info.shape, dtype=Dtype.F32) for name, info in base.tensors.items()]
     (shard,) = layout_shards(stored, sum(tensor.nbytes for tensor in stored))
     need = sum(tensor.nbytes for tensor in stored if tensor.name in touched)
     check_space(out, total=need, largest=shard.nbytes)

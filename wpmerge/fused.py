@@ -1,27 +1,35 @@
 """Large merges of bfloat16 into bfloat16 by compiled loops: what :mod:`wpmerge.blocks` computes, in one pass.
 
 :class:`FusedMerge` makes the same bits as :class:`~wpmerge.blocks.TensorMerge`, for the jobs that :func:`can_fuse`
-names. Anything that is not finite is left to the latter, which knows how to say whose fault it is.
+names. Anything that is not finite is left to the latter, which knows how to say whose fault it is, and is imported only
+then: a merge that goes well does without torch, whose import takes longer than half a billion weights.
 """
+
+from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from wpmerge.blocks import Job, TensorMerge, find_trims, see_block
 from wpmerge.checkpoint import Checkpoint
 from wpmerge.checksum import KEYS, odd_numbers
-from wpmerge.selection import Selector
+from wpmerge.dtypes import Dtype
+from wpmerge.jobs import Job
+from wpmerge.selection import Magnitudes, Selector
 from wpmerge.shards import Place
+from wpmerge.trims import find_trims
 from wpmerge.workspace import Workspace
+
+if TYPE_CHECKING:
+    from wpmerge.blocks import TensorMerge
 
 logger = logging.getLogger(__name__)
 
+_EVERYTHING = 0, 0x7FFFFFFF  # the bits of a bracket that holds every magnitude, NaN as well
 WORTH_COMPILING = 2**29  # weights of experts from which on the loops save more time than it takes to load them
 
 
@@ -45,7 +53,7 @@ def can_fuse(job: Job) -> bool:
         return False  # a view of another checkpoint: an adapter's, or one of another vocabulary
     infos = [checkpoint.tensors[name] for checkpoint, name in sources]
     dtypes = {job.output.dtype, *(info.dtype for info in infos)}
-    return dtypes == {torch.bfloat16} and all(info.descriptor >= 0 for info in infos)
+    return dtypes == {Dtype.BF16} and all(info.descriptor >= 0 for info in infos)
 
 
 def load_kernels(jobs: Sequence[Job]) -> Kernels | None:
@@ -78,10 +86,10 @@ class FusedMerge:
         infos = [checkpoint.tensors[name] for checkpoint, name in sources]
         self._descriptors = np.array([info.descriptor for info in infos], np.int32)
         self._offsets = np.array([info.offset for info in infos], np.int64)
-        tiles = workspace.buffer("tiles", len(sources) * kernels.TILE, torch.bfloat16)
-        self._tiles = tiles.view(torch.uint16).view(len(sources), kernels.TILE).numpy()
+        tiles = workspace.array("tiles", len(sources) * kernels.TILE, np.uint16)
+        self._tiles: NDArray[np.uint16] = tiles.reshape(len(sources), kernels.TILE)
         self._coefficients = _flat_coefficients(job)
-        self._trims = find_trims(job, workspace, self._see)
+        self._trims = find_trims(job, self._look, self._see)
 
     def write(self, start: int, stop: int, place: Place) -> int | None:
         """Make elements ``start`` to ``stop`` and write them; a job that needs the whole tensor is made whole.
@@ -96,7 +104,7 @@ class FusedMerge:
             :attr:`plain` says what, and makes them.
         """
         job, work = self._job, self._workspace
-        out = work.buffer("merged", self._kernels.TILE, torch.bfloat16).view(torch.uint16).numpy()
+        out = work.array("merged", self._kernels.TILE, np.uint16)
         total = np.zeros(1, np.uint64)
         inputs = self._descriptors, self._offsets, self._tiles, start, stop, *self._coefficients, np.float32(job.scale)
         output = place.descriptor, place.offset, out, KEYS, odd_numbers(2 * stop), total
@@ -109,6 +117,8 @@ class FusedMerge:
     @property
     def plain(self) -> TensorMerge:
         """The same job by the reference."""
+        from wpmerge.blocks import TensorMerge
+
         return TensorMerge(self._job, self._workspace, trims=self._trims)
 
     def _state(self) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
@@ -121,26 +131,52 @@ class FusedMerge:
                 left[k] = -1
         return thresholds.view(np.uint32), left
 
-    def _see(self, job: Job, work: Workspace, searches: Mapping[int, Selector], start: int, stop: int) -> None:
+    def _look(self, terms: Sequence[int], start: int, stop: int) -> Iterable[Magnitudes]:
+        """|term - base| of some terms; all of a tensor that is small, or a sample."""
+        lows, highs = (np.full(len(terms), bits, np.uint32) for bits in _EVERYTHING)
+        found = self._read_look(terms, start, stop, lows, highs, np.ones(len(terms), np.bool_))
+        if found is None:
+            from wpmerge.blocks import magnitudes_of
+
+            return magnitudes_of(self._job, self._workspace, terms, start, stop)
+        return iter(found[2])
+
+    def _see(self, searches: Mapping[int, Selector], start: int, stop: int) -> None:
         """Show a block to the searches for thresholds."""
-        n, rows = stop - start, [0, *(1 + i for i in searches)]
         lows, highs = np.array([search.bracket for search in searches.values()], np.uint32).T.copy()
         collect = np.array([search.collects for search in searches.values()])
-        over, inside = np.zeros((2, len(searches)), np.int64)
-        kept = work.buffer("kept", len(searches) * n).view(len(searches), n).numpy()
-        inputs = self._descriptors[rows], self._offsets[rows], self._tiles, start, n
-        if not self._kernels.read_look(*inputs, lows, highs, collect, over, inside, kept.view(np.uint32)):
-            see_block(job, work, searches, start, stop)
+        found = self._read_look(list(searches), start, stop, lows, highs, collect)
+        if found is None:
+            from wpmerge.blocks import see_block
+
+            see_block(self._job, self._workspace, searches, start, stop)
             return
-        for k, search in enumerate(searches.values()):
-            search.take(int(over[k]), int(inside[k]), kept[k, : inside[k]].copy() if collect[k] else None)
+        for search, over, inside, kept, wanted in zip(searches.values(), *found, collect, strict=True):
+            search.take(int(over), int(inside), kept[:inside].copy() if wanted else None)
+
+    def _read_look(
+        self,
+        terms: Sequence[int],
+        start: int,
+        stop: int,
+        lows: NDArray[np.uint32],
+        highs: NDArray[np.uint32],
+        collect: NDArray[np.bool_],
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]] | None:
+        """What is above a bracket and inside it, and the latter's magnitudes; None where it could not be read."""
+        n, rows = stop - start, [0, *(1 + i for i in terms)]
+        over, inside = np.zeros((2, len(terms)), np.int64)
+        kept = self._workspace.array("kept", len(terms) * n, np.float32).reshape(len(terms), n)
+        inputs = self._descriptors[rows], self._offsets[rows], self._tiles, start, n
+        read = self._kernels.read_look(*inputs, lows, highs, collect, over, inside, kept.view(np.uint32))
+        return (over, inside, kept) if read else None
 
 
 def _flat_coefficients(
     job: Job,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """All coefficients one after the other; per term where its own begin, their number, and how long each holds."""
-    values = [term.coefficient.values.reshape(-1).numpy() for term in job.terms]
+    values = [term.coefficient.values.reshape(-1) for term in job.terms]
     sizes = np.array([len(own) for own in values], np.int64)
     axes = [term.coefficient.axis for term in job.terms]
     inner = [1 if axis is None else math.prod(job.output.shape[axis + 1 :]) for axis in axes]

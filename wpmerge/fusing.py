@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from wpmerge.checkpoint import Checkpoint
+from wpmerge.dtypes import Dtype
 from wpmerge.errors import RecipeError
 from wpmerge.exact_recipe import check_exact, write_exact_recipe
 from wpmerge.explaining import check_names, explain
@@ -62,7 +61,7 @@ def fuse(
     plan_only: bool = False,
     exact_recipe: Path | None = None,
     allow_nan: bool = False,
-    dtype: torch.dtype | None = None,
+    dtype: Dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     threads: int = 1,
     overwrite: bool = False,
@@ -163,7 +162,7 @@ def fuse(
     )
 
 
-def _weight_bytes(base: Checkpoint, dtype: torch.dtype | None) -> int:
+def _weight_bytes(base: Checkpoint, dtype: Dtype | None) -> int:
     return sum(info.numel * job_dtype(info.dtype, dtype).itemsize for info in base.tensors.values())
 
 

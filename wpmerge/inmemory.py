@@ -89,7 +89,7 @@ def _adapter_loader(
     adapted = open_checkpoint(adapter, base=whole, trust_remote_code=trust_remote_code)
 
     def load() -> Loaded:
-        state = {name: adapted.load(name).to(info.dtype) for name, info in whole.tensors.items()}
+        state = {name: adapted.load(name).to(info.dtype.torch) for name, info in whole.tensors.items()}
         return load_model(whole, state, settings)
 
     return load

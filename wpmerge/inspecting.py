@@ -97,17 +97,13 @@ def _adapter_summary(path: Path) -> dict[str, Any]:
 def _tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
     dtypes: dict[str, int] = {}
     for info in tensors.values():
-        dtypes[_dtype(info)] = dtypes.get(_dtype(info), 0) + info.numel
+        dtypes[str(info.dtype)] = dtypes.get(str(info.dtype), 0) + info.numel
     return {
         "parameters": sum(info.numel for info in tensors.values()),
         "bytes": sum(info.numel * info.dtype.itemsize for info in tensors.values()),
         "parameters_by_dtype": dtypes,
-        "tensors": {name: {"dtype": _dtype(info), "shape": list(info.shape)} for name, info in tensors.items()},
+        "tensors": {name: {"dtype": str(info.dtype), "shape": list(info.shape)} for name, info in tensors.items()},
     }
-
-
-def _dtype(info: TensorInfo) -> str:
-    return str(info.dtype).removeprefix("torch.")
 
 
 def _units(checkpoint: Checkpoint) -> dict[str, Any]:

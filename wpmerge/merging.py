@@ -1,21 +1,22 @@
 """Plan or recipe -> merged checkpoint, streamed block by block into a directory that appears only when it is whole."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from jaxtyping import Shaped
-from torch import Tensor
 
 import wpmerge
-from wpmerge.blocks import Job, Term
 from wpmerge.card import model_card, plan_summary
 from wpmerge.checkpoint import Checkpoint, check_same_family, open_checkpoint
+from wpmerge.dtypes import Dtype
 from wpmerge.errors import RecipeError
 from wpmerge.handover import merge_with_mergekit
+from wpmerge.jobs import Factor, Job, Term
 from wpmerge.output import check_output, write_file
-from wpmerge.plan import BASE, Plan, check_plan, load_plan
+from wpmerge.plan import BASE, Coefficient, Plan, check_plan, load_plan
 from wpmerge.recipe import recipe_text
 from wpmerge.recipe_jobs import RecipeJobs, recipe_jobs, tensor_seed
 from wpmerge.shards import OutputTensor
@@ -23,6 +24,9 @@ from wpmerge.streaming import Progress, job_dtype, merge_tensor
 from wpmerge.vocabulary import Vocabulary, match_vocabulary
 from wpmerge.writing import MergeSummary, Writing, write_model
 from wpmerge.yaml_recipe import YamlRecipe, read_yaml_recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "SHARD_BYTES",
@@ -86,7 +90,7 @@ def check_inputs(plan: Plan, checkpoints: Mapping[str, Checkpoint]) -> None:
             )
 
 
-def plan_jobs(plan: Plan, checkpoints: Mapping[str, Checkpoint], *, dtype: torch.dtype | None = None) -> list[Job]:
+def plan_jobs(plan: Plan, checkpoints: Mapping[str, Checkpoint], *, dtype: Dtype | None = None) -> list[Job]:
     """How each tensor of the output is made. Integers and booleans are the base's.
 
     Args:
@@ -100,7 +104,7 @@ def plan_jobs(plan: Plan, checkpoints: Mapping[str, Checkpoint], *, dtype: torch
             Term(
                 checkpoint=checkpoints[expert],
                 tensor=name,
-                coefficient=plan.coefficients[expert][name],
+                coefficient=_factor(plan.coefficients[expert][name]),
                 density=operator.density,
                 seed=tensor_seed(operator.seed, i, name) if operator.method.startswith("dare") else 0,
             )
@@ -114,8 +118,12 @@ def plan_jobs(plan: Plan, checkpoints: Mapping[str, Checkpoint], *, dtype: torch
     return jobs
 
 
+def _factor(coefficient: Coefficient) -> Factor:
+    return Factor(values=coefficient.values.numpy(), axis=coefficient.axis)
+
+
 def merged_tensor(
-    plan: Plan, checkpoints: Mapping[str, Checkpoint], name: str, *, dtype: torch.dtype | None = None
+    plan: Plan, checkpoints: Mapping[str, Checkpoint], name: str, *, dtype: Dtype | None = None
 ) -> Shaped[Tensor, "..."]:
     """One tensor of the merge in memory, bit for bit as :func:`merge` writes it."""
     jobs = {job.output.name: job for job in plan_jobs(plan, checkpoints, dtype=dtype)}
@@ -123,7 +131,7 @@ def merged_tensor(
 
 
 def merged_state_dict(
-    plan: Plan, checkpoints: Mapping[str, Checkpoint], *, dtype: torch.dtype | None = None
+    plan: Plan, checkpoints: Mapping[str, Checkpoint], *, dtype: Dtype | None = None
 ) -> dict[str, Tensor]:
     """The whole merge in memory, bit for bit as :func:`merge` writes it. A tied head is left out, as on disk."""
     check_inputs(plan, checkpoints)
@@ -136,7 +144,7 @@ def merge(
     out: Path,
     *,
     shard_bytes: int = SHARD_BYTES,
-    dtype: torch.dtype | None = None,
+    dtype: Dtype | None = None,
     threads: int = 1,
     overwrite: bool = False,
     sync: bool = True,
@@ -205,7 +213,7 @@ def merge_plan(
     *,
     models: Mapping[str, str | Path] | None = None,
     shard_bytes: int = SHARD_BYTES,
-    dtype: torch.dtype | None = None,
+    dtype: Dtype | None = None,
     threads: int = 1,
     overwrite: bool = False,
     allow_nan: bool = False,
@@ -244,7 +252,7 @@ def merge_recipe(
     out: Path,
     *,
     shard_bytes: int = SHARD_BYTES,
-    dtype: torch.dtype | None = None,
+    dtype: Dtype | None = None,
     threads: int = 1,
     overwrite: bool = False,
     sync: bool = True,
@@ -342,7 +350,7 @@ def jobs_of_recipe(
     checkpoints: Mapping[str, Checkpoint],
     path: Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: Dtype | None = None,
     vocab: Vocabulary | None = None,
     seed: int = 0,
     parity: Literal["mergekit"] | None = None,

@@ -7,16 +7,14 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from wpmerge import dtypes
 from wpmerge.errors import WpmergeError
 
-if TYPE_CHECKING:
-    import torch
-
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = tuple(dtypes.FLOATS)
 LEAST: Mapping[str, int] = {
     "prompts": 4,
     "held_out": 4,
@@ -230,18 +228,13 @@ def byte_size(option: str, value: str) -> int:
     return size
 
 
-def torch_dtype(option: str, value: str | None) -> "torch.dtype | None":
-    """A torch dtype by name; None stays None.
+def stored_dtype(option: str, value: str | None) -> dtypes.Dtype | None:
+    """A dtype by name; None stays None.
 
     Raises:
         WpmergeError: not one that checkpoints are written in.
     """
-    if value is None:
-        return None
-    import torch
-
-    found: torch.dtype = getattr(torch, one_of(option, value, DTYPES))
-    return found
+    return None if value is None else dtypes.FLOATS[one_of(option, value, DTYPES)]
 
 
 def device(value: str) -> str:

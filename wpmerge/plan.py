@@ -5,6 +5,8 @@ On disk a directory with ``plan.safetensors`` (keys ``{expert}/{tensor name}``, 
 ``refine`` both also keep what its steps added, so that a coefficient can be explained long after.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import re
@@ -13,20 +15,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import safetensors.torch
-import torch
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor
 
 from wpmerge.checkpoint import Checkpoint
 from wpmerge.directory import read_json
-from wpmerge.errors import CheckpointError, RecipeError
+from wpmerge.errors import CheckpointError, RecipeError, describe
 from wpmerge.output import write_file
 from wpmerge.tensorfile import SafetensorsFile
 
 if TYPE_CHECKING:
     import pandas
+    from torch import Tensor
 
 SCHEMA_VERSION = 2
 READ = (1, 2)
@@ -50,7 +50,7 @@ class Coefficient:
     axis: int | None = None
 
     def __post_init__(self) -> None:
-        if self.values.dtype != torch.float32 or self.values.ndim != (0 if self.axis is None else 1):
+        if str(self.values.dtype) != "torch.float32" or self.values.ndim != (0 if self.axis is None else 1):
             raise RecipeError(
                 "a coefficient is malformed",
                 got=f"{self.values.dtype}, {self.values.ndim} axes, along axis {self.axis}",
@@ -207,6 +207,8 @@ class Plan:
 
     def save(self, directory: str | Path) -> None:
         """Write ``plan.safetensors`` and ``plan.json`` into a directory, which is made where it is missing."""
+        import safetensors.torch
+
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         arrays = {  # cloned: experts may share a tensor, which safetensors refuses
@@ -347,13 +349,6 @@ def _operator(header: _PlanFile, where: Path) -> Operator:
         return Operator(method=header.operator, **header.operator_settings)  # type: ignore[arg-type]
     except TypeError as error:
         raise RecipeError("a plan is malformed", where=where, got=error) from None
-
-
-def describe(error: ValidationError) -> str:
-    """A schema violation in one line: the first fault, and how many there are."""
-    faults = error.errors(include_url=False)
-    place = ".".join(str(part) for part in faults[0]["loc"])
-    return f"{place}: {faults[0]['msg']}" + (f" ({len(faults)} faults in all)" if len(faults) > 1 else "")
 
 
 def check_plan(plan: Plan, base: Checkpoint) -> None:

@@ -4,15 +4,17 @@ What mergekit 0.1.5 does silently, and this module therefore checks: a filter ma
 it, the first hit wins, unknown keys and filters without a hit are ignored.
 """
 
+from __future__ import annotations
+
 import logging
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import yaml
 
 from wpmerge.checkpoint import Checkpoint
+from wpmerge.dtypes import Dtype
 from wpmerge.errors import RecipeError
 from wpmerge.plan import BASE, Coefficient, Plan
 from wpmerge.tensorfile import check_finite
@@ -20,12 +22,6 @@ from wpmerge.tensorfile import check_finite
 logger = logging.getLogger(__name__)
 
 BLOCK_ELEMENTS = 2**20
-_DTYPE_NAMES = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.float64: "float64",
-}
 _EXACT = "One number per tensor and expert: this recipe reproduces the merge exactly."
 _FITTED = (
     "The merge has finer coefficients than a recipe can hold. Each number here is the least-squares one,\n"
@@ -119,6 +115,8 @@ def least_squares(coefficient: Coefficient, checkpoints: Mapping[str, Checkpoint
 
     The mean of the vector where the expert does not differ from the base.
     """
+    import torch
+
     base, other = checkpoints[BASE], checkpoints[expert]
     shape, axis = base.tensors[name].shape, coefficient.axis
     assert axis is not None
@@ -138,10 +136,10 @@ def least_squares(coefficient: Coefficient, checkpoints: Mapping[str, Checkpoint
 
 def main_dtype(checkpoint: Checkpoint) -> str:
     """The dtype of most of a checkpoint's elements, by torch's name."""
-    elements: Counter[torch.dtype] = Counter()
+    elements: Counter[Dtype] = Counter()
     for info in checkpoint.tensors.values():
-        elements[info.dtype] += info.numel if info.dtype in _DTYPE_NAMES else 0
-    return _DTYPE_NAMES[elements.most_common(1)[0][0]]
+        elements[info.dtype] += info.numel if info.dtype.is_floating_point else 0
+    return str(elements.most_common(1)[0][0])
 
 
 def check_with_mergekit(text: str, plan: Plan, base: Checkpoint) -> None:

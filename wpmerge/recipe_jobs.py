@@ -9,15 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from wpmerge.blocks import Job, Method, Term
 from wpmerge.checkpoint import Checkpoint, TensorInfo
+from wpmerge.dtypes import FLOATS, Dtype
 from wpmerge.errors import RecipeError
-from wpmerge.plan import Coefficient
+from wpmerge.jobs import Factor, Job, Method, Term
 from wpmerge.shards import OutputTensor
 from wpmerge.streaming import job_dtype
-from wpmerge.yaml_recipe import DTYPES, WITH_BASE, Conditional, Scalar, Setting, Slice, Source, YamlRecipe
+from wpmerge.yaml_recipe import WITH_BASE, Conditional, Scalar, Setting, Slice, Source, YamlRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +40,7 @@ class RecipeJobs:
 
     jobs: list[Job]
     donor: Checkpoint
-    dtype: torch.dtype | None
+    dtype: Dtype | None
     config: Mapping[str, Any]
 
 
@@ -66,7 +64,7 @@ def recipe_jobs(
     recipe: YamlRecipe,
     checkpoints: Mapping[str, Checkpoint],
     *,
-    dtype: torch.dtype | None,
+    dtype: Dtype | None,
     where: Path,
     seed: int = 0,
     parity: bool = False,
@@ -89,7 +87,7 @@ def recipe_jobs(
     if recipe.dtype not in (None, "float32") and not parity:
         logger.warning("the merge is computed in float32; dtype %s only sets the output's", recipe.dtype)
     donor = checkpoints[recipe.base_model or recipe.parts()[0].sources[0].model]
-    wanted = dtype or DTYPES.get(recipe.out_dtype or recipe.dtype or "")
+    wanted = dtype or FLOATS.get(recipe.out_dtype or recipe.dtype or "")
     reader = _Reader(recipe, where, seed, parity=parity)
     jobs = []
     for target, info in _targets(recipe, donor, where):
@@ -170,8 +168,7 @@ class _Reader:
         if scale is None:
             return Job(output=output, base=(checkpoint, name), terms=())
         number = self._number("scale", scale, name)
-        coefficient = Coefficient(values=torch.tensor(number, dtype=torch.float32))
-        term = Term(checkpoint=checkpoint, tensor=name, coefficient=coefficient)
+        term = Term(checkpoint=checkpoint, tensor=name, coefficient=Factor.of(number))
         return Job(output=output, base=None, terms=(term,), method="linear")
 
     def _weighted(
@@ -209,7 +206,7 @@ class _Reader:
                 Term(
                     checkpoint=checkpoints[source.model],
                     tensor=name,
-                    coefficient=Coefficient(values=torch.tensor(factor, dtype=torch.float32)),
+                    coefficient=Factor.of(factor),
                     density=self._density(target, source, name) if method not in ("task_arithmetic", "linear") else 1.0,
                     seed=tensor_seed(self._seed, i, target.name) if method.startswith("dare") else 0,
                 )
@@ -227,10 +224,10 @@ class _Reader:
             scale=scale if apart else 1.0,
         )
 
-    def _parity_dtype(self, base: tuple[Checkpoint, str], terms: Sequence[Term], name: str) -> torch.dtype:
+    def _parity_dtype(self, base: tuple[Checkpoint, str], terms: Sequence[Term], name: str) -> Dtype:
         """The dtype that mergekit computes in: the recipe's, or that of the tensors."""
         if self._recipe.dtype is not None:
-            return DTYPES[self._recipe.dtype]
+            return FLOATS[self._recipe.dtype]
         dtypes = {base[0].tensors[base[1]].dtype, *(term.checkpoint.tensors[term.tensor].dtype for term in terms)}
         if len(dtypes) > 1:
             raise RecipeError(

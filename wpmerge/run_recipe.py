@@ -13,9 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from wpmerge.arch import Kind
-from wpmerge.errors import RecipeError
+from wpmerge.errors import RecipeError, describe
 from wpmerge.options import LEAST, byte_size
-from wpmerge.plan import describe
 from wpmerge.scores import AskedReadout
 from wpmerge.yaml_recipe import read_mapping
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from wpmerge.arch import Kind, Unit
 from wpmerge.directory import read_json
-from wpmerge.errors import CheckpointError, WpmergeError
+from wpmerge.errors import CheckpointError, WpmergeError, describe
 from wpmerge.output import write_file
-from wpmerge.plan import InputModel, describe
+from wpmerge.plan import InputModel
 from wpmerge.tensorfile import SafetensorsFile
 
 if TYPE_CHECKING:

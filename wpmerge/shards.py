@@ -1,17 +1,22 @@
 """Lay out safetensors shards and write them by position, so that no tensor has to be held whole."""
 
+from __future__ import annotations
+
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Shaped
-from torch import Tensor
 
-from wpmerge.tensorfile import DTYPE_NAMES
+from wpmerge.dtypes import Dtype
+from wpmerge.tensorfile import bytes_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ALIGNMENT = 8
 
@@ -22,7 +27,7 @@ class OutputTensor:
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: Dtype
 
     @property
     def nbytes(self) -> int:
@@ -98,11 +103,12 @@ class ShardWriter:
 
     def write(self, name: str, start: int, block: Shaped[Tensor, " n"]) -> None:
         """Write a flat block at element ``start`` of a tensor; its dtype is the tensor's."""
-        if block.dtype != self._dtypes[name]:
-            raise ValueError(f"{name} is stored as {self._dtypes[name]}, not {block.dtype}")
-        offset = self._shard.offsets[name] + start * block.dtype.itemsize
+        dtype = self._dtypes[name]
+        if block.dtype != dtype.torch:
+            raise ValueError(f"{name} is stored as {dtype}, not {block.dtype}")
+        offset = self._shard.offsets[name] + start * dtype.itemsize
         if block.numel():
-            _write_all(self._descriptor, block.contiguous().view(torch.uint8).numpy().data, offset)
+            _write_all(self._descriptor, bytes_of(block).data, offset)
 
     def place(self, name: str) -> Place:
         """Where a tensor is to be written, for who does it without :meth:`write`; valid until :meth:`close`."""
@@ -131,7 +137,7 @@ def _lay_out(name: str, tensors: Sequence[OutputTensor]) -> Shard:
         starts[tensor.name] = end
         end += tensor.nbytes
         entries[tensor.name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
+            "dtype": tensor.dtype.name,
             "shape": list(tensor.shape),
             "data_offsets": [starts[tensor.name], end],
         }

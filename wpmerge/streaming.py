@@ -6,26 +6,29 @@ blocks, or whole tensors where an operator needs a statistic of one; the bounds 
 alone, so the result does not depend on them.
 """
 
+from __future__ import annotations
+
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Shaped
-from torch import Tensor
 
-from wpmerge.blocks import Job, TensorMerge, Term, blocks
 from wpmerge.checksum import Checksum
+from wpmerge.dtypes import Dtype
 from wpmerge.errors import CheckpointError
 from wpmerge.fused import FusedMerge, Kernels, can_fuse, load_kernels
+from wpmerge.jobs import Job, blocks
 from wpmerge.shards import Shard, ShardWriter
 from wpmerge.tensorfile import SafetensorsFile
 from wpmerge.workspace import Workspace
 
-__all__ = ["Job", "Progress", "Term", "job_dtype", "merge_jobs", "merge_tensor"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCKS_PER_PIECE = 8  # a piece is what a thread takes at a time
 
@@ -63,6 +66,7 @@ def merge_jobs(
         RecipeError: a result that overflows the output dtype.
     """
     kernels = None if allow_nan else load_kernels(jobs)
+    plain = kernels is None or not all(map(can_fuse, jobs))  # else torch is not loaded
     by_name = {job.output.name: job for job in jobs}
     total, done = sum(tensor.nbytes for shard in shards for tensor in shard.tensors), 0
     checksums: dict[str, str] = {}
@@ -86,7 +90,7 @@ def merge_jobs(
         return _write_piece(piece, workspaces.one, kernels, allow_nan=allow_nan)
 
     try:
-        with _one_thread_per_operation(), _mapping(threads) as map_:
+        with _one_thread_per_operation() if plain else contextlib.nullcontext(), _mapping(threads, plain) as map_:
             for piece, nbytes in zip(pieces, map_(write, pieces), strict=True):
                 if piece.job is None:
                     checksums |= piece.writer.close()
@@ -102,7 +106,9 @@ def merge_jobs(
 
 def merge_tensor(job: Job, *, allow_nan: bool = False) -> Shaped[Tensor, "..."]:
     """One output tensor in memory, bit for bit as :func:`merge_jobs` writes it."""
-    out = torch.empty(job.output.shape, dtype=job.output.dtype)
+    import torch
+
+    out = torch.empty(job.output.shape, dtype=job.output.dtype.torch)
     for start, stop, block in merge_stream(job, allow_nan=allow_nan):
         out.view(-1)[start:stop] = block
     return out
@@ -110,6 +116,8 @@ def merge_tensor(job: Job, *, allow_nan: bool = False) -> Shaped[Tensor, "..."]:
 
 def merge_stream(job: Job, *, allow_nan: bool = False) -> Iterator[tuple[int, int, Tensor]]:
     """The blocks of one output tensor in order, each valid until the next is asked for."""
+    from wpmerge.blocks import TensorMerge
+
     made = TensorMerge(job, Workspace(), allow_nan=allow_nan)
     for start, stop in blocks(job.output.shape):
         yield start, stop, made.block(start, stop)
@@ -184,6 +192,8 @@ def _write_piece(piece: _Piece, workspace: Workspace, kernels: Kernels | None, *
             return nbytes
         made = fused.plain
     else:
+        from wpmerge.blocks import TensorMerge
+
         made = TensorMerge(job, workspace, allow_nan=allow_nan)
     for start, stop in piece.bounds:
         piece.writer.write(name, start, made.block(start, stop))
@@ -200,17 +210,17 @@ def checksum_of(file: SafetensorsFile, name: str) -> str:
     """The checksum of a tensor in a file."""
     info, made = file.tensors[name], Checksum()
     for start, stop in blocks((info.numel,)):
-        made.add(start * info.dtype.itemsize, file.read(name, start, stop))
+        made.add_bytes(start * info.dtype.itemsize, file.read_bytes(name, start, stop))
     return made.text()
 
 
 @contextlib.contextmanager
-def _mapping(threads: int) -> Iterator[Callable[..., Iterator[int]]]:
-    """``map`` in order over some threads; the calling thread alone where there is one."""
+def _mapping(threads: int, plain: bool) -> Iterator[Callable[..., Iterator[int]]]:
+    """``map`` in order over some threads, the calling thread alone where there is one; ``plain``: torch is used."""
     if threads == 1:
         yield map
         return
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(threads, initializer=_use_one_thread if plain else None) as pool:
         try:
             yield pool.map
         except BaseException:
@@ -218,9 +228,17 @@ def _mapping(threads: int) -> Iterator[Callable[..., Iterator[int]]]:
             raise
 
 
+def _use_one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @contextlib.contextmanager
 def _one_thread_per_operation() -> Iterator[None]:
     """Operations on blocks this small only lose by being shared out; blocks are shared out instead."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -229,7 +247,7 @@ def _one_thread_per_operation() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def job_dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+def job_dtype(stored: Dtype, wanted: Dtype | None) -> Dtype:
     """The dtype an output tensor is stored in: the wanted one, but integers and booleans stay what they are.
 
     Raises:

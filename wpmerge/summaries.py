@@ -1,7 +1,6 @@
 """What an artifact says in short: as a mapping for scripts, and from that as tables for people."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +9,10 @@ from wpmerge.arch import COARSE_KINDS, KINDS, MODEL_KINDS, Kind, Unit
 from wpmerge.console import Table, number
 from wpmerge.evaluation import Evaluation
 from wpmerge.fusing import FuseResult
-from wpmerge.merging import MergeSummary
+from wpmerge.merge_summaries import merge_summary, merge_tables
 from wpmerge.plan import InputModel, Plan
 from wpmerge.scores import DIRECTIONS, Direction, ReadoutRecord, Scores, array_key
 from wpmerge.statistics import Interval
-from wpmerge.verify import Verification
 
 GAP_UNITS = {"reference": "nats per token", "divergence": "nats per token", "anchor": "residual-stream units"}
 
@@ -234,45 +232,6 @@ def fuse_tables(summary: Mapping[str, Any]) -> list[Table]:
     header = ("expert", "scale", "coefficients", "retention on held-out prompts, fraction of the gap")
     written = merge_tables(summary["written"]) if summary["written"] else []
     return [Table(title=title, header=header, rows=rows), *written]
-
-
-def merge_summary(summary: MergeSummary) -> dict[str, Any]:
-    """What a merge wrote."""
-    return {
-        "out": str(summary.out),
-        "tensors": summary.tensors,
-        "bytes": summary.nbytes,
-        "files": summary.shards,
-        "seconds": round(summary.seconds, 3),
-    }
-
-
-def verification_summary(directory: Path, found: Verification) -> dict[str, Any]:
-    """What was recomputed, and what is wrong."""
-    return {
-        "merged": str(directory),
-        "tensors": found.tensors,
-        "recomputed": len(found.checked),
-        "faults": dict(found.faults),
-        "passed": found.passed,
-    }
-
-
-def verification_tables(summary: Mapping[str, Any]) -> list[Table]:
-    """One row that says how it went, then a row per fault."""
-    row = (summary["merged"], f"{summary['recomputed']} of {summary['tensors']}", str(len(summary["faults"])))
-    tables = [Table(title="tensors made again", header=("merged", "recomputed", "faults"), rows=[row])]
-    if summary["faults"]:
-        rows = [(name, fault) for name, fault in summary["faults"].items()]
-        tables.append(Table(title="not what they should be", header=("tensor", "fault"), rows=rows))
-    return tables
-
-
-def merge_tables(summary: Mapping[str, Any]) -> list[Table]:
-    """What a merge wrote, in one row."""
-    row = (summary["out"], str(summary["tensors"]), f"{summary['bytes']:,}", str(summary["files"]))
-    header = ("written", "tensors", "bytes of weights", "files of weights", "seconds")
-    return [Table(title="", header=header, rows=[(*row, number(summary["seconds"]))])]
 
 
 def evaluation_summary(evaluation: Evaluation) -> dict[str, Any]:

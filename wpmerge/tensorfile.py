@@ -5,6 +5,8 @@ names each tensor's dtype, shape and byte range. Every one of these is checked a
 of the file before a single weight is read.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -14,28 +16,19 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
 
-import torch
+import numpy as np
 from jaxtyping import Shaped
-from torch import Tensor
+from numpy.typing import NDArray
 
+from wpmerge.dtypes import Dtype
 from wpmerge.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 MAX_HEADER_BYTES = 32 * 2**20  # a few hundred thousand tensors; the format allows 100 MB, which only an attack fills
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FETCH_AGAIN = "copy or download the file again"
 
 
@@ -50,7 +43,7 @@ class TensorInfo:
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: Dtype
     file: Path
     offset: int
     nbytes: int
@@ -75,6 +68,10 @@ class TensorFile(Protocol):
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Fill ``out``, flat and of the stored dtype, with elements from ``start`` on."""
+        ...
+
+    def read_bytes(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        """The bytes of elements ``start`` to ``stop`` as they are stored."""
         ...
 
 
@@ -128,16 +125,28 @@ class SafetensorsFile:
 
     def read(self, name: str, start: int, stop: int) -> Shaped[Tensor, " n"]:
         """Elements ``start`` to ``stop`` of a tensor in row-major order, in the stored dtype."""
-        out = torch.empty(stop - start, dtype=self.tensors[name].dtype)
+        import torch
+
+        out = torch.empty(stop - start, dtype=self.tensors[name].dtype.torch)
         self.read_into(name, start, out)
         return out
 
     def read_into(self, name: str, start: int, out: Shaped[Tensor, " n"]) -> None:
         """Fill ``out``, flat and of the stored dtype, with elements from ``start`` on."""
-        info = self.tensors[name]
+        import torch
+
         if out.numel():
-            view = out.view(torch.uint8).numpy().data
-            _read_exactly(self._descriptor, view, info.offset + start * info.dtype.itemsize, self.path)
+            self._fill(name, start, out.view(torch.uint8).numpy())
+
+    def read_bytes(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        """The bytes of elements ``start`` to ``stop`` as they are stored."""
+        out = np.empty((stop - start) * self.tensors[name].dtype.itemsize, np.uint8)
+        self._fill(name, start, out)
+        return out
+
+    def _fill(self, name: str, start: int, out: NDArray[np.uint8]) -> None:
+        info = self.tensors[name]
+        _read_exactly(self._descriptor, out.data, info.offset + start * info.dtype.itemsize, self.path)
 
 
 class PickleFile:
@@ -148,6 +157,8 @@ class PickleFile:
     """
 
     def __init__(self, path: Path) -> None:
+        import torch
+
         self.path = path
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -162,23 +173,18 @@ class PickleFile:
             raise CheckpointError("a legacy weights file holds no tensors by name", where=path, got=type(loaded))
         loaded = loaded.get("state_dict", loaded)
         self._loaded: dict[str, Tensor] = {}
+        infos: dict[str, TensorInfo] = {}
         for name, tensor in loaded.items():
-            if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
                 raise CheckpointError("a legacy weights file holds something else than tensors", where=path, got=name)
-            if tensor.dtype not in DTYPE_NAMES:
+            dtype = Dtype.of(tensor.dtype)
+            if dtype is None:
                 raise CheckpointError(f"tensor {name} has an unsupported dtype", where=path, got=tensor.dtype)
-            self._loaded[name] = tensor
-        self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(
-                name=name,
-                shape=tuple(tensor.shape),
-                dtype=tensor.dtype,
-                file=path,
-                offset=-1,
-                nbytes=tensor.numel() * tensor.dtype.itemsize,
+            self._loaded[name], nbytes = tensor, tensor.numel() * dtype.itemsize
+            infos[name] = TensorInfo(
+                name=name, shape=tuple(tensor.shape), dtype=dtype, file=path, offset=-1, nbytes=nbytes
             )
-            for name, tensor in self._loaded.items()
-        }
+        self.tensors: Mapping[str, TensorInfo] = infos
 
     def read(self, name: str, start: int, stop: int) -> Shaped[Tensor, " n"]:
         """Elements ``start`` to ``stop`` of a tensor in row-major order, in the stored dtype."""
@@ -187,6 +193,18 @@ class PickleFile:
     def read_into(self, name: str, start: int, out: Shaped[Tensor, " n"]) -> None:
         """Fill ``out``, flat and of the stored dtype, with elements from ``start`` on."""
         out.copy_(self._loaded[name].detach().reshape(-1)[start : start + out.numel()])
+
+    def read_bytes(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        """The bytes of elements ``start`` to ``stop`` as they are stored."""
+        return bytes_of(self.read(name, start, stop))
+
+
+def bytes_of(tensor: Shaped[Tensor, " n"]) -> NDArray[np.uint8]:
+    """The bytes of a flat tensor, which they share memory with where it is contiguous."""
+    import torch
+
+    found: NDArray[np.uint8] = tensor.contiguous().view(torch.uint8).numpy()
+    return found
 
 
 def open_tensor_file(path: Path) -> TensorFile:
@@ -205,6 +223,8 @@ def check_finite(tensor: Shaped[Tensor, "..."], *, where: object, start: int = 0
     Raises:
         CheckpointError: with the number of bad values and the first of them.
     """
+    import torch
+
     if not tensor.dtype.is_floating_point or math.isfinite(float(tensor.sum(dtype=torch.float32))):
         return  # a sum is finite only if every term is; it is one pass, without a mask in memory
     flat = tensor.reshape(-1)
@@ -272,11 +292,10 @@ def _check_entry(path: Path, name: str, entry: Any, data_start: int, data_bytes:
     dtype, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not _are_sizes(shape) or not _are_sizes(span) or len(span) != 2 or span[0] > span[1]:
         raise CheckpointError(f"tensor {name} has a malformed header entry", where=path, got=str(entry)[:200])
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(
-            f"tensor {name} has an unsupported dtype", where=path, got=dtype, expected=f"one of {', '.join(DTYPES)}"
-        )
-    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if not isinstance(dtype, str) or dtype not in Dtype.__members__:
+        expected = f"one of {', '.join(Dtype.__members__)}"
+        raise CheckpointError(f"tensor {name} has an unsupported dtype", where=path, got=dtype, expected=expected)
+    nbytes = math.prod(shape) * Dtype[dtype].itemsize
     if nbytes != span[1] - span[0]:
         raise CheckpointError(
             f"tensor {name} has a header entry that contradicts itself",
@@ -293,7 +312,7 @@ def _check_entry(path: Path, name: str, entry: Any, data_start: int, data_bytes:
             mend=FETCH_AGAIN,
         )
     return TensorInfo(
-        name=name, shape=tuple(shape), dtype=DTYPES[dtype], file=path, offset=data_start + span[0], nbytes=nbytes
+        name=name, shape=tuple(shape), dtype=Dtype[dtype], file=path, offset=data_start + span[0], nbytes=nbytes
     )
 
 

@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 
-from wpmerge.blocks import Job
 from wpmerge.card import front_matter
 from wpmerge.checkpoint import Checkpoint, open_checkpoint
 from wpmerge.checksum import Checksum
 from wpmerge.directory import read_json
+from wpmerge.dtypes import FLOATS
 from wpmerge.errors import CheckpointError, RecipeError
+from wpmerge.jobs import Job
 from wpmerge.merging import check_inputs, jobs_of_recipe, open_inputs, open_recipe, plan_jobs
 from wpmerge.plan import BASE, load_plan
 from wpmerge.streaming import merge_stream
 from wpmerge.vocabulary import match_vocabulary
 from wpmerge.writing import RECORD, SCHEMA_VERSION
-from wpmerge.yaml_recipe import DTYPES, read_yaml_recipe
+from wpmerge.yaml_recipe import read_yaml_recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +123,7 @@ def _jobs(
     directory: Path, record: Mapping[str, Any], models: Mapping[str, str | Path] | None, trust_remote_code: bool
 ) -> list[Job]:
     """The jobs of the merge, made again from its plan or recipe on inputs that must be the same."""
-    dtype = DTYPES.get(record.get("dtype") or "")
+    dtype = FLOATS.get(record.get("dtype") or "")
     vocab = record.get("vocab")
     if record.get("from") == "plan":
         plan = load_plan(directory)

@@ -1,16 +1,20 @@
 """Experts whose vocabulary is larger than the base's: cut them to its rows, or give every model the largest's."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from jaxtyping import Shaped
-from torch import Tensor
 
 from wpmerge.checkpoint import EMBEDDINGS, HEADS, Checkpoint
 from wpmerge.directory import tokenizer_differences
 from wpmerge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +34,8 @@ class _Resized(Checkpoint):
         config = dict(inner.config)
         if "vocab_size" in donor.config:
             config["vocab_size"] = donor.config["vocab_size"]
+        if "vocab_size" in (text := donor.config.get("text_config") or {}):
+            config["text_config"] = {**(config.get("text_config") or {}), "vocab_size": text["vocab_size"]}
         super().__init__(
             source=inner.source, path=inner.path, config=config, files={}, tensors=tensors, tied=inner.tied
         )
@@ -88,6 +94,8 @@ def match_vocabulary(
                 mend="merge models whose common tokens have the same ids",
             )
         made[name] = _resize(name, model, chosen, rows[name], rows[target])
+    if any(made[name] is not model for name, model in checkpoints.items()):
+        logger.warning("the merge has %d rows and the tokenizer of %s", rows[target], chosen.source)
     return made
 
 

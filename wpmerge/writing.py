@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import wpmerge
-from wpmerge.blocks import Job
 from wpmerge.checkpoint import Checkpoint
+from wpmerge.dtypes import Dtype
+from wpmerge.jobs import Job
 from wpmerge.output import check_space, output_directory, write_file
 from wpmerge.shards import Shard, index_json, layout_shards
 from wpmerge.streaming import Progress, merge_jobs
@@ -66,7 +65,7 @@ class Writing:
     """
 
     shard_bytes: int
-    dtype: torch.dtype | None
+    dtype: Dtype | None
     threads: int
     overwrite: bool
     sync: bool
@@ -150,7 +149,7 @@ def _record(writing: Writing, hashes: Mapping[str, str], checksums: Mapping[str,
     document = {
         "schema_version": SCHEMA_VERSION,
         "wpmerge": wpmerge.__version__,
-        "dtype": None if writing.dtype is None else str(writing.dtype).removeprefix("torch."),
+        "dtype": None if writing.dtype is None else str(writing.dtype),
         "allow_nan": writing.allow_nan,
         **writing.record,
         "inputs": dict(hashes),
@@ -164,7 +163,7 @@ def _config(config: Mapping[str, Any], writing: Writing) -> dict[str, Any]:
     changed = {key: value for key, value in config.items() if key != "_name_or_path"} | dict(writing.config)
     if writing.dtype is not None:
         key = "torch_dtype" if "torch_dtype" in changed else "dtype"
-        changed[key] = str(writing.dtype).removeprefix("torch.")
+        changed[key] = str(writing.dtype)
     return changed
 
 
@@ -181,7 +180,7 @@ def _fingerprint(jobs: Sequence[Job], shards: Sequence[Shard], writing: Writing)
         for term in job.terms:
             settings = (hashes[id(term.checkpoint)], term.tensor, term.coefficient.axis, term.density, term.seed)
             digest.update(f"{settings}".encode())
-            digest.update(term.coefficient.values.contiguous().view(-1).view(torch.uint8).numpy().data)
+            digest.update(term.coefficient.values.tobytes())
     for shard in shards:
         digest.update(f"{shard.name} {shard.nbytes}".encode())
     return digest.hexdigest()

@@ -8,12 +8,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from wpmerge.errors import RecipeError
-from wpmerge.plan import describe
+from wpmerge.dtypes import FLOATS
+from wpmerge.errors import RecipeError, describe
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,6 @@ SHARED = {
     "passthrough": set(),
 }
 WITH_BASE = ("task_arithmetic", "ties", "dare_linear", "dare_ties")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Scalar = bool | int | float | str
 
@@ -141,8 +139,8 @@ def _check_support(recipe: YamlRecipe, path: Path) -> None:
     if (recipe.models is None) == (recipe.slices is None):
         raise RecipeError("a recipe has either models or slices", where=path)
     for kind, name in (("dtype", recipe.dtype), ("out_dtype", recipe.out_dtype)):
-        if name is not None and name not in DTYPES:
-            raise RecipeError(f"{kind} {name} is not supported", where=path, expected=", ".join(DTYPES))
+        if name is not None and name not in FLOATS:
+            raise RecipeError(f"{kind} {name} is not supported", where=path, expected=", ".join(FLOATS))
     if recipe.tokenizer_source not in (None, "base"):
         raise RecipeError(
             f"tokenizer_source {recipe.tokenizer_source} is not supported", where=path, expected="base", mend=_MEND

@@ -9,6 +9,7 @@ compared. The last line is JSON; ``--results FOLDER`` keeps it with hardware, ve
 """
 
 import argparse
+import compileall
 import json
 import os
 import platform
@@ -30,6 +31,11 @@ from benchmarks.processes import measure
 HERE = Path(__file__).resolve().parent
 OURS = "import os, sys; os.fsync = lambda file: None; from wpmerge.cli import main; main()"
 """The command line as it is, but for bringing the output to disk."""
+
+
+def family_at(place: Path, size: str) -> list[Path]:
+    """The models in a folder, made there where it is missing; the base first."""
+    return sorted(place.iterdir()) if place.is_dir() else make_family(place, size)
 
 
 def write_recipe(path: Path, models: list[Path], method: str) -> Path:
@@ -165,13 +171,18 @@ def main() -> None:
     parser.add_argument("--skip-ties", action="store_true")
     parser.add_argument("--skip-double", action="store_true")
     parser.add_argument("--folder", type=Path, help="where the models are made; a temporary folder by default")
+    parser.add_argument(
+        "--models", type=Path, help="a folder that keeps the models, where an earlier run has left them"
+    )
     parser.add_argument("--results", type=Path, help="a folder to keep the result in")
     arguments = parser.parse_args()
     size = "small" if arguments.small else "full"
     result: dict[str, Any] = {"benchmark": "merge", "size": size, "threads": arguments.threads} | hardware()
+    compileall.compile_dir(HERE.parents[1] / "wpmerge", quiet=1)  # as pip does where it installs, mergekit among them
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         work = Path(folder)
-        tiny, models = make_family(work / "tiny", "tiny"), make_family(work / "models", size)
+        kept = arguments.models or work
+        tiny, models = (family_at(kept / name, name) for name in ("tiny", size))
         result["start"] = race(work, tiny, "task_arithmetic", ours=3, theirs=2, threads=arguments.threads)
         result["bound"] = against_bound(work, models, arguments.repeats, arguments.threads)
         print("bound", json.dumps(result["bound"]), file=sys.stderr, flush=True)
@@ -180,9 +191,9 @@ def main() -> None:
             result[method] = race(
                 work, models, method, ours=arguments.repeats, theirs=theirs, threads=arguments.threads
             )
-        shutil.rmtree(work / "models")
+        shutil.rmtree(work / size, ignore_errors=True)
         if not arguments.small and not arguments.skip_double:
-            models = make_family(work / "double", "double")
+            models = family_at(kept / "double", "double")
             recipes = {method: write_recipe(work / f"{method}.yml", models, method) for method in methods}
             result["double"] = {}
             for method, recipe in recipes.items():
