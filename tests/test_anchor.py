@@ -139,6 +139,16 @@ def test_the_chosen_layer_carries_half_of_what_the_best_layer_carries() -> None:
         fit(expert, base, behaviour=against)
 
 
+@pytest.mark.parametrize(("share", "passes"), [(0.02, True), (0.005, False)])
+def test_a_direction_that_carries_next_to_nothing_is_no_anchor(share: float, passes: bool) -> None:
+    """Stable and separating at every layer, and one layer carries as much as another: a mark on the prompt."""
+    direction = unit(7)
+    expert, base = planted([40.0] * 10, direction), noise(1)
+    slopes = (share * direction).expand(ITEMS, LAYERS, WIDTH)
+    anchor = fit(expert, base, behaviour=Behaviour(slopes=slopes, moves=expert - base, gap=40.0 * ITEMS), accept=True)
+    assert anchor.reliable == passes
+
+
 def test_halves_that_disagree_do_not_make_an_anchor() -> None:
     """Every half's own direction is strong, and they share enough for a large t, but not for a cosine of 0.9."""
     one, other = unit(7), unit(8)
