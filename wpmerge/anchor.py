@@ -28,8 +28,8 @@ standard deviation of about 1.4 (contrast) to 1.7 (pair), since each half is rea
 SHARE_OF_CARRIED = 0.5
 """Least carried share of the chosen layer, as a part of the largest over layers: there the capability has formed."""
 LEAST_CARRIED = 0.01
-"""Least carried share of the chosen layer in itself. On SmolLM2's experts the anchors of what was learned carry .02 to .9
-of the gap, and those of instructions that were not (language, number of words) .003: they tell two prompts apart."""
+"""Least carried share of the chosen layer in itself. On SmolLM2's experts the anchors of what was learned carry .02 to
+.9 of the gap, and those of instructions that were not (language, number of words) .003: they tell two prompts apart."""
 DEPTH = 0.9
 """The chosen layer is no later than this share of the depth."""
 
