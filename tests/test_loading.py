@@ -9,7 +9,8 @@ from families import write_family
 from safetensors.torch import load_file
 
 from wpmerge.errors import EvaluationError
-from wpmerge.loading import check_weights, loading, ran_out_of_memory
+from wpmerge.loading import check_weights, loading
+from wpmerge.memory import ran_out_of_memory
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_neox"])

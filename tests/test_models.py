@@ -163,7 +163,7 @@ def test_continuations_are_transformers_generate(tmp_path: Path, model_type: str
         head[1] = head.abs().mean(dim=0) * head[9].sign() * 2
         rewrite(made["e0"], {"embed_out.weight": head})
     family = open_family(made["base"], {"skill": made["e0"]})
-    found = continuations(family, "skill", PROMPTS, tokens=7, batch_size=3)
+    found = continuations(family, "skill", PROMPTS, tokens=7)
     model = AutoModelForCausalLM.from_pretrained(made["e0"])
     for prompt, reply in zip(PROMPTS, found, strict=True):
         tokens = family.chat.prompt_tokens(prompt)

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from wpmerge.bench_replies import Decoding, read_and_reply
 from wpmerge.bench_results import SkillResult
 from wpmerge.bench_setup import BenchSettings, split_tests
 from wpmerge.judges import TestPrompt, judge
 from wpmerge.models import Family, end_tokens, generation_model
 from wpmerge.pieces import Pieces
+from wpmerge.replies import Decoding, read_and_reply
 from wpmerge.weights import WeightSource
 
 RETAIN_TOKENS = 32

@@ -15,7 +15,8 @@ import torch
 from wpmerge.directory import locate
 from wpmerge.errors import EvaluationError
 from wpmerge.loading import check_weights as check_stored_weights
-from wpmerge.loading import loading, ran_out_of_memory
+from wpmerge.loading import loading
+from wpmerge.memory import ran_out_of_memory
 from wpmerge.tasks import TaskSuite, quiet
 
 Loaded: TypeAlias = tuple[Any, Any]

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from wpmerge.errors import EvaluationError
+from wpmerge.memory import ran_out_of_memory
 
 _OTHER_WEIGHTS = frozenset({"gguf_file", "subfolder", "autogptq", "gptqmodel", "quantization_config"})
 _KINDS = ("SEQ_TO_SEQ_CAUSAL_LM", "CAUSAL_LM")  # in the order in which lm-eval looks a model up
-
-
-def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on any device."""
-    judge = importlib.import_module("accelerate.utils.memory").should_reduce_batch_size  # knows the CPU's message too
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(judge(error))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from wpmerge.directory import read_json
 from wpmerge.engine import Engine, empty_model
 from wpmerge.errors import CheckpointError
 from wpmerge.readouts import final_states
+from wpmerge.replies import Decoding, read_and_reply
 from wpmerge.rows import pack
 from wpmerge.vocabulary import Vocabulary, match_vocabulary
 from wpmerge.weights import CheckpointWeights, WeightSource
@@ -163,9 +164,7 @@ def generation_model(engine: Engine, source: WeightSource) -> Any:
 
 
 @torch.no_grad()
-def continuations(
-    family: Family, model: str, prompts: list[str], *, tokens: int, batch_size: int = 16
-) -> list[list[int]]:
+def continuations(family: Family, model: str, prompts: list[str], *, tokens: int) -> list[list[int]]:
     """A model's own greedy replies, token ids up to and with the end token, at most ``tokens`` each.
 
     Args:
@@ -173,33 +172,18 @@ def continuations(
         model: an expert's name, or ``""`` for the base.
         prompts: as a user writes them.
         tokens: longest reply.
-        batch_size: prompts that are answered at once.
     """
     ends = end_tokens(family, model)
     sequences = [family.chat.prompt_tokens(prompt) for prompt in prompts]
     if not family.resident:
         return _streamed_continuations(family, family.weights[model], sequences, ends, tokens)
     tokenizer = family.chat.tokenizer
-    generator = generation_model(family.engine, family.weights[model])
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
-    replies: list[list[int]] = []
-    for start in range(0, len(sequences), batch_size):
-        batch = sequences[start : start + batch_size]
-        width = max(map(len, batch))
-        ids = torch.tensor([[pad] * (width - len(s)) + s for s in batch], device=family.engine.device)
-        mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in batch], device=family.engine.device)
-        output = generator.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=pad,
-            eos_token_id=sorted(ends) or None,
-        )
-        for row in output[:, width:].tolist():
-            cut = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
-            replies.append(row[:cut])
-    return replies
+    decoding = Decoding(longest=tokens, ends=frozenset(ends), pad=pad)
+    found = read_and_reply(
+        generation_model(family.engine, family.weights[model]), sequences, [[] for _ in sequences], decoding
+    )
+    return [list(reply.tokens) for reply in found]
 
 
 def _streamed_continuations(

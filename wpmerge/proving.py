@@ -25,7 +25,6 @@ from wpmerge.agreement import interval, resamples
 from wpmerge.anchor import Anchor
 from wpmerge.arch import Layout
 from wpmerge.attribution import UnitArrays, empty_arrays
-from wpmerge.bench_replies import Decoding, read_and_reply
 from wpmerge.calibration import HeldOutReading, read_held_out
 from wpmerge.capability import Capability, load_capability
 from wpmerge.coefficients import Grouping, group_scores, make_grouping, squared_norms, tensor_coefficients
@@ -52,6 +51,7 @@ from wpmerge.provenance import provenance
 from wpmerge.rank_stability import Judged, measure_stability
 from wpmerge.readings import Case, Progress, ScoreSettings, fit_case_anchor, make_reading, prepare_case
 from wpmerge.readouts import LogProbReadout, measure
+from wpmerge.replies import Decoding, read_and_reply
 from wpmerge.roles import CARRIED, HIGH, count_roles, roles_of
 from wpmerge.rows import pack
 from wpmerge.scores import Scores, load_scores

@@ -1,6 +1,6 @@
-"""What a model says to test prompts, and how likely it finds given replies: both from one run, fast.
+"""What a model says to prompts, and how likely it finds given replies: both from one run, fast.
 
-Each prompt comes with a draft, its reference reply. One forward run over prompt and draft gives the draft's
+Each prompt may come with a draft, a reference reply. One forward run over prompt and draft gives the draft's
 log-probability, and also how far the model's own greedy reply agrees with it: only from the first other token on is
 anything generated, with the cache of that same run. The replies are those of plain greedy decoding; a merge that
 mostly says what its expert says costs little more than reading.
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from wpmerge.loading import ran_out_of_memory
+from wpmerge.memory import ran_out_of_memory
 
 logger = logging.getLogger(__name__)
 

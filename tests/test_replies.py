@@ -5,9 +5,9 @@ import torch
 from families import write_family
 from tiny import CONFIGS, tiny_model
 
-from wpmerge.bench_replies import Decoding, read_and_reply
 from wpmerge.models import generation_model, open_family
 from wpmerge.readouts import LogProbReadout, measure
+from wpmerge.replies import Decoding, read_and_reply
 from wpmerge.rows import pack
 
 LONGEST = 12
