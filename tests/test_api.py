@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import typer.main
 from families import QUICK, WORDS, word_tokenizer, write_home
 from transformers import AutoModelForCausalLM
 
@@ -202,9 +201,8 @@ def test_counts_out_of_range_are_refused_as_the_commands_refuse_them(name: str, 
         for bad in (LEAST[name] - 1, 1.5):
             with pytest.raises(wp.WpmergeError, match=rf"{name} is out of range(.|\n)*{LEAST[name]}"):
                 calls[each](**{name: bad})
-        typed = typer.main.get_command(cli.app).commands["eval" if each == "evaluate" else each]  # type: ignore[attr-defined]
-        option = next(one for one in typed.params if one.name == name)
-        assert option.type.min == LEAST[name]
+        (option,) = inspect.signature(COMMANDS[each]).parameters[name].annotation.__metadata__
+        assert option.min == LEAST[name]
 
 
 def test_a_memory_of_nothing_is_refused(tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ def test_a_skill_of_no_evaluated_task_is_refused_before_any_work(data: dict[str,
 
 def test_a_skill_of_no_such_metric_is_refused_before_any_work(data: dict[str, Path]) -> None:
     for metric in ("ifeval/prompt_strict_acc", "ifeval/none", f"{STRICT},none", "ifeval/loose/no_comma"):
-        with pytest.raises(EvaluationError, match=rf"none of its task(.|\n)*{metric}(.|\n)*{STRICT}"):
+        with pytest.raises(EvaluationError, match=rf"none of its task(.|\n)*{metric}\n(.|\n)*ifeval/\w+_acc"):
             run({"m": never}, None, data, base="m", skills={"s": Skill(expert="m", metric=metric)})
 
 
