@@ -380,6 +380,19 @@ def test_random_bytes_never_crash(tmp_path, monkeypatch):
     assert refused > MUTATIONS // 2
 
 
+def test_a_configuration_that_states_endless_layers_takes_no_time(tmp_path):
+    """Found by random bytes: the layers that it has are merged, as far as they go."""
+    made = family(tmp_path / "models")
+    recipe = write_recipe(tmp_path / "r.yml", made)
+    merge_recipe(recipe, tmp_path / "before")
+    for path in made.values():
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**20}))
+    merge_recipe(recipe, tmp_path / "after")
+    files = [tmp_path / name / "model.safetensors" for name in ("before", "after")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_a_recipe_that_explodes_is_refused_quickly(tmp_path):
     lines = ["a0: &a0 [1,1]"] + [f"a{i}: &a{i} [*a{i - 1},*a{i - 1}]" for i in range(1, 60)]
     (tmp_path / "r.yml").write_text("\n".join([*lines, "merge_method: linear", "models: *a59"]))

@@ -119,9 +119,12 @@ def _targets(recipe: YamlRecipe, donor: Checkpoint, where: Path) -> Iterator[tup
                     got=list(source.layer_range),
                     expected=f"at most {len(layers)}",
                 )
-        for offset in range(end - first):
+        for number in sorted(layers):  # not range(first, end): a configuration may state any number
+            if not first <= number < end:
+                continue
+            offset = number - first
             depth = offset / (end - first - 1) if end - first > 1 else 1.0
-            for name in layers.get(first + offset, []):
+            for name in layers[number]:
                 target = _LAYER.sub(f".{made + offset}.", name, count=1)
                 yield _Target(name=target, part=part, offset=offset, depth=depth), donor.tensors[name]
         made += end - first
