@@ -28,12 +28,17 @@ def levels(**changes: object) -> Levels:
     return Levels(**{**given, **changes})
 
 
+def step(case: Levels, gradient: Tensor, coefficients: Tensor) -> tuple[Parts, Tensor]:
+    """Where both halves of the prompts say the same."""
+    return direction(case, (gradient, gradient), coefficients)
+
+
 def test_a_step_by_hand() -> None:
     """∂U = (1, 2, -1, 5): 7 for the expert, 3 and 4 for the blocks; the last group does not differ from the base.
 
     ‖∂U‖² = 1·49 + 2·(9 + 16) + 4·(1 + 4 + 2·1 + 0) = 127.
     """
-    way, norm = direction(levels(), tensor([[1.0, 2.0, -1.0, 5.0]]), levels().start)
+    way, norm = step(levels(), tensor([[1.0, 2.0, -1.0, 5.0]]), levels().start)
     root = math.sqrt(127.0)
     assert float(norm) == pytest.approx(root)
     torch.testing.assert_close(way.expert, tensor([[7.0]]) / root)
@@ -43,24 +48,60 @@ def test_a_step_by_hand() -> None:
     torch.testing.assert_close(moved, 0.5 + 0.1 * tensor([[17.0, 21.0, 7.0, 15.0]]) / root)
 
 
+def test_a_level_moves_as_far_as_two_halves_agree_on_it() -> None:
+    """Halves (3, 1, -1, 0) and (-1, 3, -1, 0), mean (1, 2, -1, 0).
+
+    The expert: 3 and 1 for 2, a = 3/4. Blocks: (4, -1) and (2, -1) for (3, -1), a = 9/10. Groups, p = (1, 1, 2, 0):
+    -3 + 3 + 2 for 1 + 4 + 2, a = 2/7. ‖∂U‖² = 3/4 · 4 + 2 · 9/10 · 10 + 4 · 2/7 · 7 = 29.
+    """
+    halves = (tensor([[3.0, 1.0, -1.0, 0.0]]), tensor([[-1.0, 3.0, -1.0, 0.0]]))
+    way, norm = direction(levels(), halves, levels().start)
+    root = math.sqrt(29.0)
+    assert float(norm) == pytest.approx(root)
+    torch.testing.assert_close(way.expert, tensor([[0.75 * 2.0]]) / root)
+    torch.testing.assert_close(way.block, 2.0 * 0.9 * tensor([[3.0, -1.0]]) / root)
+    torch.testing.assert_close(way.group, 4.0 * 2.0 / 7.0 * tensor([[1.0, 2.0, -2.0, 0.0]]) / root)
+
+
+def test_halves_that_contradict_each_other_move_nothing() -> None:
+    one = tensor([[1.0, -2.0, 3.0, 0.0]])
+    way, norm = direction(levels(), (one, -0.5 * one), levels().start)
+    assert float(norm) == 0.0
+    assert not any(bool(part.any()) for part in (way.expert, way.block, way.group))
+
+
+def test_noise_moves_single_groups_less_than_what_prompts_share() -> None:
+    """A thousand groups of which both halves say +1 and each its own noise of 3."""
+    drawn = torch.Generator().manual_seed(0)
+    ones = torch.ones(1, 1000, dtype=torch.float64)
+    case = Levels(
+        start=0.5 * ones, block=torch.zeros(1000, dtype=torch.long), weights=(0.25, 0.0, 250.0), ease=ones, highest=1.5
+    )
+    halves = tuple(ones + 3.0 * torch.randn(ones.shape, generator=drawn, dtype=torch.float64) for _ in range(2))
+    noisy, _ = direction(case, (halves[0], halves[1]), case.start)
+    trusted, _ = step(case, (halves[0] + halves[1]) / 2, case.start)
+    shares = [float(way.group.norm() / (way.expert.abs().sum() * 1000**0.5)) for way in (noisy, trusted)]
+    assert shares[0] < 0.3 * shares[1]  # the signal's share of the noisy mean's square is 1 / (1 + 9/2)
+
+
 def test_all_of_the_gradient_in_one_level_moves_it_by_its_weight() -> None:
     """Four coefficients, τ = ½, all with the same gradient: each moves by ½, whatever the gradient's size."""
     case = levels(weights=(0.0, 0.0, 0.25 * 4), ease=torch.ones(1, 4, dtype=torch.float64))
     for size in (1e-6, 1.0, 1e6):
-        way, _ = direction(case, tensor([[1.0, -1.0, 1.0, -1.0]]) * size, case.start)
+        way, _ = step(case, tensor([[1.0, -1.0, 1.0, -1.0]]) * size, case.start)
         torch.testing.assert_close(way.group.abs(), torch.full((1, 4), 0.5, dtype=torch.float64))
 
 
 def test_what_pushes_out_of_the_bounds_does_not_count() -> None:
     at_bounds = tensor([[0.0, 1.5, 0.0, 1.5]])
-    way, _ = direction(levels(), tensor([[-9.0, 9.0, 1.0, -1.0]]), at_bounds)
-    inward, _ = direction(levels(), tensor([[0.0, 0.0, 1.0, -1.0]]), at_bounds)
+    way, _ = step(levels(), tensor([[-9.0, 9.0, 1.0, -1.0]]), at_bounds)
+    inward, _ = step(levels(), tensor([[0.0, 0.0, 1.0, -1.0]]), at_bounds)
     for one, other in ((way.expert, inward.expert), (way.block, inward.block), (way.group, inward.group)):
         assert torch.equal(one, other)
 
 
 def test_no_gradient_is_no_step() -> None:
-    way, norm = direction(levels(), torch.zeros(1, 4, dtype=torch.float64), levels().start)
+    way, norm = step(levels(), torch.zeros(1, 4, dtype=torch.float64), levels().start)
     assert float(norm) == 0.0
     assert float(way.expert.abs().sum() + way.block.abs().sum() + way.group.abs().sum()) == 0.0
 

@@ -167,7 +167,7 @@ def fuse(
     max_coefficient: float = 1.5,
     mu: float = 1.0,
     steps: int = 16,
-    batch: int = 6,
+    batch: int = 8,
     ridge: float = 0.0,
     calibrate: bool = False,
     tolerance: float = 0.02,

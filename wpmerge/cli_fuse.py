@@ -60,7 +60,7 @@ def fuse(
     ] = 16,
     batch: Annotated[
         int, typer.Option(metavar="N", min=options.LEAST["batch"], help="Of refine: prompts per capability and step.")
-    ] = 6,
+    ] = 8,
     ridge: Annotated[
         float, typer.Option(metavar="X", help="Of refine: pull back to the start at each step, as a share, 0 to 1.")
     ] = 0.0,

@@ -4,11 +4,12 @@
 the number of a level's coefficients, τ_l its weight and ∂_l U the gradient summed over what they share, a step moves
 level l by
 
-    τ_l² n_l p ∂_l U / ‖∂U‖,    ‖∂U‖² = Σ_l τ_l² n_l Σ p (∂_l U)²
+    a_l τ_l² n_l p ∂_l U / ‖∂U‖,    ‖∂U‖² = Σ_l a_l τ_l² n_l Σ p (∂_l U)²
 
 so that its coefficients would move by τ_l on average if all of the gradient were in that level. p = 1, but for units
-p[e,u] ∝ 1/‖Δ_e[u]‖ with mean 1. What many units agree on moves them together, and cheaply; what one unit alone shows
-moves it alone.
+p[e,u] ∝ 1/‖Δ_e[u]‖ with mean 1. a_l = Σ p ∂_l U' ∂_l U'' / Σ p (∂_l U)², within [0, 1], is how far two halves of the
+prompts agree, ∂U being their mean: 1 for what all prompts ask for, 0 for noise. What many units agree on moves them
+together, and cheaply; what one unit alone shows moves it alone, as far as other prompts show it too.
 
 Shape suffixes: E experts, G groups, B blocks.
 """
@@ -48,7 +49,7 @@ class RefineSettings:
     """
 
     steps: int = 16
-    batch: int = 6
+    batch: int = 8
     rate: float = 0.5
     momentum: float = 0.7
     ridge: float = 0.0
@@ -164,15 +165,34 @@ def together(levels: Levels, parts: Parts) -> Float[Tensor, "E G"]:
 
 
 def direction(
-    levels: Levels, gradient: Float[Tensor, "E G"], coefficients: Float[Tensor, "E G"]
+    levels: Levels, halves: tuple[Float[Tensor, "E G"], Float[Tensor, "E G"]], coefficients: Float[Tensor, "E G"]
 ) -> tuple[Parts, Float[Tensor, ""]]:
-    """The step of rate 1 along a gradient, and ‖∂U‖. What pushes a coefficient out of its bounds does not count."""
-    outward = ((coefficients <= 0.0) & (gradient < 0.0)) | ((coefficients >= levels.highest) & (gradient > 0.0))
-    gradient = gradient.masked_fill(outward, 0.0)
-    of_expert = gradient.sum(dim=1, keepdim=True)
-    of_block = gradient.new_zeros(len(gradient), int(levels.block.max()) + 1).index_add(1, levels.block, gradient)
-    expert, block, group = levels.weights
-    own = levels.ease * gradient
-    norm = (expert * of_expert.square().sum() + block * of_block.square().sum() + group * (own * gradient).sum()).sqrt()
+    """The step of rate 1 along what two halves of the prompts agree on, and ‖∂U‖.
+
+    What pushes a coefficient out of its bounds does not count.
+
+    Args:
+        levels: how far each may move.
+        halves: the gradient on two halves of the prompts; their mean is followed, a level as far as they agree.
+        coefficients: λ.
+    """
+    mean = (halves[0] + halves[1]) / 2
+    outward = ((coefficients <= 0.0) & (mean < 0.0)) | ((coefficients >= levels.highest) & (mean > 0.0))
+    followed, one, other = (_per_level(levels, each.masked_fill(outward, 0.0)) for each in (mean, *halves))
+    ease = (torch.ones_like(followed[0]), torch.ones_like(followed[1]), levels.ease)
+    weights, size = [], mean.new_zeros(())
+    for weight, p, way, a, b in zip(levels.weights, ease, followed, one, other, strict=True):
+        square = (p * way.square()).sum()
+        agreed = ((p * a * b).sum() / square.clamp_min(1e-30)).clamp(0.0, 1.0)
+        weights.append(weight * agreed)
+        size = size + weight * agreed * square
+    norm = size.sqrt()
     by = 1.0 / norm.clamp_min(1e-12)
-    return Parts(expert=expert * of_expert * by, block=block * of_block * by, group=group * own * by), norm
+    expert, block, group = (weight * p * way * by for weight, p, way in zip(weights, ease, followed, strict=True))
+    return Parts(expert=expert, block=block, group=group), norm
+
+
+def _per_level(levels: Levels, gradient: Float[Tensor, "E G"]) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient summed over what an expert, a block and a group share."""
+    blocks = gradient.new_zeros(len(gradient), int(levels.block.max()) + 1).index_add(1, levels.block, gradient)
+    return gradient.sum(dim=1, keepdim=True), blocks, gradient

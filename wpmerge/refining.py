@@ -238,10 +238,12 @@ def refine(
         if progress is not None:
             progress(step, settings.steps)
         merged = merging.source(together(levels, walk.parts))
-        gradient = torch.zeros_like(levels.start)
+        halves = [torch.zeros_like(levels.start) for _ in range(2)]
         for name, reading in prompts.items():
-            gradient += _pull(merging, merged, reading, draws[name].take(settings.batch), settings)
-        walk.step(gradient, step)
+            taken = draws[name].take(settings.batch)
+            for number in range(2):
+                halves[number] += _pull(merging, merged, reading, taken[number::2] or taken, settings)
+        walk.step((halves[0], halves[1]), step)
     if progress is not None:
         progress(settings.steps, settings.steps)
     return walk.result()
@@ -318,10 +320,10 @@ class _Walk:
             self._best, self._best_check = (worth, parts), len(self._checks) - 1
         return worth
 
-    def step(self, gradient: Float[Tensor, "E G"], number: int) -> None:
+    def step(self, halves: tuple[Float[Tensor, "E G"], Float[Tensor, "E G"]], number: int) -> None:
         """Move, and look at the held-out prompts when it is time; from where they got worse, go back and go slower."""
         settings = self._settings
-        aim, _ = direction(self._levels, gradient, together(self._levels, self.parts))
+        aim, _ = direction(self._levels, halves, together(self._levels, self.parts))
         fresh = 1.0 - settings.momentum
         self._way = no_parts(self._levels).plus(self._way, settings.momentum).plus(aim, fresh)
         rate = self._rate * (1.0 - number / settings.steps)

@@ -92,7 +92,7 @@ class FuseSettings:
     floor: float = 0.3
     mu: float = 1.0
     steps: int = 16
-    batch: int = 6
+    batch: int = 8
     ridge: float = 0.0
     tolerance: float = TOLERANCE
     max_coefficient: float = MAX_COEFFICIENT

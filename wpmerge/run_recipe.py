@@ -99,7 +99,7 @@ class MergeRule(_Section):
     """Of joint: what leaving the scales costs."""
     steps: Annotated[int, _least("steps")] = 16
     """Of refine: steps, each a forward and backward run per capability."""
-    batch: Annotated[int, _least("batch")] = 6
+    batch: Annotated[int, _least("batch")] = 8
     """Of refine: prompts per capability and step."""
     ridge: float = 0.0
     """Of refine: pull back to the start at each step, as a share."""
