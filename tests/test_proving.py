@@ -59,8 +59,13 @@ def test_a_graft_of_nothing_is_the_base_and_of_all_the_expert(home):
     assert torch.equal(made["self_attn.q_proj.weight"], base.layer(1)["self_attn.q_proj.weight"])
 
 
-def test_a_proof_is_whole_and_the_same_again(home):
-    found = prove(home / "scores", capabilities=["a"], settings=QUICK)
+@pytest.fixture(scope="module")
+def found(home):
+    """The proof that others are compared with."""
+    return prove(home / "scores", capabilities=["a"], settings=QUICK)
+
+
+def test_a_proof_is_whole_and_the_same_again(home, found):
     stored = json.loads((home / "scores-proof" / "proof.json").read_text())
     assert stored["kind"] == "proof" and stored["schema_version"] == 1
     proof = stored["capabilities"]["a"]
@@ -185,8 +190,7 @@ print(json.dumps({"died": died, "kept": resumed}))
 """
 
 
-def test_a_killed_proof_goes_on_from_its_curves_and_ends_with_the_same_numbers(home):
-    whole = prove(home / "scores", out=home / "unkilled", capabilities=["a"], settings=QUICK)["capabilities"]
+def test_a_killed_proof_goes_on_from_its_curves_and_ends_with_the_same_numbers(home, found):
     command = [sys.executable, "-c", KILLER, str(home)]
     done = subprocess.run(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
@@ -196,7 +200,7 @@ def test_a_killed_proof_goes_on_from_its_curves_and_ends_with_the_same_numbers(h
     assert counts["died"] == 3 and counts["kept"][2] >= 8, counts  # of what was counted one may be unfinished
     for least in (1, 4, 9):
         again = json.loads((home / f"resumed-{least}.json").read_text())["capabilities"]
-        assert again == json.loads(json.dumps(whole))
+        assert again == json.loads(json.dumps(found["capabilities"]))
     assert not list(home.glob(".killed*"))
 
 

@@ -53,10 +53,10 @@ def test_a_local_file_stands_in_for_the_hub(tmp_path: Path) -> None:
 @pytest.mark.skipif(not OFFICIAL.is_file(), reason="needs ../shared/data")
 @pytest.mark.skipif(ensure_punkt() is None, reason="needs nltk's punkt_tab tables")
 def test_all_official_documents_load_and_are_judged() -> None:
-    documents = load_tasks(["ifeval"], task_data={"ifeval": OFFICIAL}).leaves["ifeval"].eval_docs
+    task = load_tasks(["ifeval"], task_data={"ifeval": OFFICIAL}).leaves["ifeval"]
+    documents = task.eval_docs
     rows = [json.loads(line) for line in OFFICIAL.read_text().splitlines()]
     assert len(documents) == len(rows) == 541
-    task = load_tasks(["ifeval"], task_data={"ifeval": OFFICIAL}).leaves["ifeval"]
     for document, row in zip(documents, rows, strict=True):
         given = [{name: value for name, value in each.items() if value is not None} for each in document["kwargs"]]
         assert given == row["kwargs"]
