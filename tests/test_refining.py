@@ -146,7 +146,7 @@ def test_a_retain_set_holds_the_merge_back(demo: Family) -> None:
     start = torch.full((3, len(case.grouping.names)), 0.6, dtype=torch.float64)
     plain = {"plain": _base_replies(demo, 8, 8)}
     skills = readings(demo, 0, 6)
-    found = refine(case, start, skills | plain, skills | plain, RefineSettings(steps=4, batch=8, check=1))
+    found = refine(case, start, skills | plain, skills | plain, RefineSettings(steps=16, batch=8))
     first, best = found.checks[0].standing, found.standing
     assert first.lost["plain"] > 1.5 * 0.02
     assert best.lost["plain"] < 0.8 * first.lost["plain"]

@@ -38,7 +38,7 @@ from wpmerge.curves import (
     recovered,
     strata,
 )
-from wpmerge.errors import WpmergeError
+from wpmerge.errors import CapabilityError, WpmergeError
 from wpmerge.fusing import open_scored_family
 from wpmerge.gradients import directional
 from wpmerge.judges import TestPrompt, judge
@@ -55,7 +55,7 @@ from wpmerge.replies import Decoding, read_and_reply
 from wpmerge.roles import CARRIED, HIGH, count_roles, roles_of
 from wpmerge.rows import pack
 from wpmerge.scores import Scores, load_scores
-from wpmerge.tuning import TOKENS_PER_ROW, held_out_readings
+from wpmerge.tuning import TOKENS_PER_ROW
 from wpmerge.weights import MixedWeights, WeightSource
 
 logger = logging.getLogger(__name__)
@@ -254,11 +254,16 @@ class _Proof:
 
     def _reading(self) -> HeldOutReading:
         """The held-out prompts: no ranking has seen them."""
-        count = self.settings.prompts
         record = self.scores.capabilities[self.name].held_out
-        if count is None or count >= len(record.starts):
-            return held_out_readings(self.family, self.scores, [self.name])[self.name]
-        return self._read([list(each) for each in record.sequences[:count]], record.starts[:count])
+        chosen = slice(self.settings.prompts)
+        found = self._read([list(each) for each in record.sequences[chosen]], record.starts[chosen])
+        if found.expert <= found.base:
+            raise CapabilityError(
+                f"on the held-out prompts the expert {self.name} is no better than the base",
+                got=f"{found.expert:.4g} and {found.base:.4g} nats per token",
+                mend="score with more of them (--held-out)",
+            )
+        return found
 
     def _read(self, sequences: list[list[int]], starts: Sequence[int]) -> HeldOutReading:
         readout = LogProbReadout(layer=self.layout.layers - 1, sequences=sequences, starts=list(starts))
