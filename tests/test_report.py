@@ -206,7 +206,7 @@ def test_large_models_stay_below_the_limit(monkeypatch):
     assert found["values"][last][0] == pytest.approx(
         float(material.scores.array("a", "a", "neuron")[29, 1535]), rel=6e-3
     )
-    monkeypatch.setattr("wpmerge.report.EVERY", 1_000_000)  # as for a model with more neurons
+    monkeypatch.setattr("wpmerge.report.EVERY", 500_000)  # as for a model with more neurons
     text = page(material, made, Path("report.html"))
     assert len(text.encode()) < LARGEST
     assert [each["whole"] for each in data_of(text)["lookup"]["kinds"]][:2] == [True, False]

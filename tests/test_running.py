@@ -71,7 +71,7 @@ def written(out: Path) -> dict[str, bytes]:
     return {
         str(file.relative_to(out)): file.read_bytes()
         for file in sorted(out.rglob("*"))
-        if file.is_file() and file.name != running.RECORD
+        if file.is_file() and file.name != run_record.RECORD
     }
 
 
