@@ -159,7 +159,9 @@ def take_up(out: Path, place: Path) -> None:
     if place.exists() or not (out / "scores").exists():
         return
     shutil.copytree(out / "scores", place / "scores")
-    shutil.copytree(out / "replies", place / "bench" / "replies")
+    for folder in ("replies", "plans"):  # a control takes its rule's coefficients from the plan
+        if (out / folder).exists():
+            shutil.copytree(out / folder, place / "bench" / folder)
     for name in TAKEN_UP:
         shutil.copy(out / name, place / "bench" / name)
 
@@ -170,8 +172,9 @@ def keep(result: BenchResult, out: Path, *, resumable: bool) -> str:
     for name in (*TAKEN_UP, "bench.json"):
         shutil.copy(result.out / name, out / name)
     if resumable:
-        for folder in (result.out.parent / "scores", result.out / "replies"):
-            shutil.copytree(folder, out / folder.name, dirs_exist_ok=True)
+        for folder in (result.out.parent / "scores", result.out / "replies", result.out / "plans"):
+            if folder.exists():
+                shutil.copytree(folder, out / folder.name, dirs_exist_ok=True)
         named = out / "scores" / "scores.json"  # models as seen from the repository's root, where benchmarks are run
         text = named.read_text(encoding="utf-8").replace(f"{ROOT}/", "").replace(f"{ROOT.parent}/", "../")
         named.write_text(text, encoding="utf-8")
