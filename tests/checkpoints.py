@@ -9,6 +9,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from wpmerge.checkpoint import Checkpoint
+from wpmerge.plan import Coefficient, Plan, input_model
+
 HIDDEN, INTER, HEADS, KV_HEADS, VOCAB, LAYERS = 16, 24, 4, 2, 37, 2
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -96,3 +99,16 @@ def family(path: Path, *, experts: int = 2, shards: int = 1, tied: bool = False)
         tensors = {name: (base[name].float() + 0.1 * moved[name]).bfloat16() for name in shapes}
         made[f"e{i}"] = write_checkpoint(path / f"e{i}", tensors, config=config, shards=shards)
     return made
+
+
+def half_plan(checkpoints: Mapping[str, Checkpoint]) -> Plan:
+    """Half of every expert, added to ``base``."""
+    numbers = {name: Coefficient(values=torch.tensor(0.5)) for name in checkpoints["base"].tensors}
+    experts = [name for name in checkpoints if name != "base"]
+    return Plan(
+        base=input_model(checkpoints["base"]),
+        experts={name: input_model(checkpoints[name]) for name in experts},
+        coefficients=dict.fromkeys(experts, numbers),
+        rule="uniform",
+        granularity="expert",
+    )

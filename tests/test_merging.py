@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from checkpoints import CONFIG, family, llama_shapes, random_weights, tokenizer, write_checkpoint
+from checkpoints import CONFIG, family, half_plan, llama_shapes, random_weights, tokenizer, write_checkpoint
 
 import wpmerge.jobs
 from wpmerge.checkpoint import open_checkpoint
@@ -240,16 +240,7 @@ def test_inputs_may_live_elsewhere_but_must_be_the_same(tmp_path):
 def attempt(tmp_path, made, **changes):
     """Try to merge a family into ``out`` with what a user would see, and return the error."""
     checkpoints = open_family(made)
-    numbers = {name: Coefficient(values=torch.tensor(0.5)) for name in checkpoints["base"].tensors}
-    experts = [name for name in made if name != "base"]
-    plan = Plan(
-        base=input_model(checkpoints["base"]),
-        experts={name: input_model(checkpoints[name]) for name in experts},
-        coefficients=dict.fromkeys(experts, numbers),
-        rule="uniform",
-        granularity="expert",
-    )
-    merge(plan, checkpoints, changes.pop("out", tmp_path / "out"), **changes)
+    merge(half_plan(checkpoints), checkpoints, changes.pop("out", tmp_path / "out"), **changes)
 
 
 def replace(made, name, *, tensors=None, config=None):

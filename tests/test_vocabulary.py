@@ -2,13 +2,12 @@ import json
 
 import pytest
 import torch
-from checkpoints import VOCAB, family, tokenizer
+from checkpoints import VOCAB, family, half_plan, tokenizer
 from test_verify import grow
 
 from wpmerge.checkpoint import check_same_family, open_checkpoint
 from wpmerge.errors import CheckpointError
 from wpmerge.merging import merge
-from wpmerge.plan import Coefficient, Plan, input_model
 from wpmerge.vocabulary import match_vocabulary
 
 EMBED, HEAD, ROWS = "model.embed_tokens.weight", "lm_head.weight", VOCAB + 3
@@ -23,16 +22,7 @@ def made(tmp_path):
 
 
 def run(made, out, vocab):
-    numbers = {name: Coefficient(values=torch.tensor(0.5)) for name in made["base"].tensors}
-    experts = [name for name in made if name != "base"]
-    plan = Plan(
-        base=input_model(made["base"]),
-        experts={name: input_model(made[name]) for name in experts},
-        coefficients=dict.fromkeys(experts, numbers),
-        rule="uniform",
-        granularity="expert",
-    )
-    merge(plan, made, out, vocab=vocab, shard_bytes=2000)
+    merge(half_plan(made), made, out, vocab=vocab, shard_bytes=2000)
     return open_checkpoint(out)
 
 

@@ -1,8 +1,9 @@
 """Merging strategies on one family, each tuned alike, on fresh test prompts: the work behind ``wpmerge bench``.
 
-Every strategy may run the same number of merges on the same tuning prompts, read by the log-probability of reference
-replies, and has the same utility to maximise. Only its winner meets the test prompts: it reads the experts' own replies
-to them, and replies itself, greedily. Finished pieces are lines of ``results.jsonl``; a rerun does what is missing.
+Every strategy may run the same number of merges on the same tuning prompts, read by the share of the experts' replies
+that is kept, and has the same utility to maximise. Only its winner meets the test prompts: it reads the experts' own
+replies to them, and replies itself, greedily. Finished pieces are lines of ``results.jsonl``; a rerun does what is
+missing.
 """
 
 import fcntl

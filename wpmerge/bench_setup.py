@@ -237,8 +237,8 @@ def tuning_readings(
     for name, pool in pools.items():
         draw = random.Random(f"{seed}/{name}").sample(range(len(pool.starts)), min(settings.tune, len(pool.starts)))
         sequences, starts = [pool.sequences[i] for i in draw], [pool.starts[i] for i in draw]
-        prompts = f"tuning prompts of seed {seed}"
-        readings[name] = read_references(family, name, sequences, starts, prompts=prompts)
+        prompts, mend = f"tuning prompts of seed {seed}", "use more of them (--tune), or other prompts (--prompts)"
+        readings[name] = read_references(family, name, sequences, starts, prompts=prompts, mend=mend)
     return readings
 
 

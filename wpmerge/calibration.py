@@ -73,6 +73,27 @@ def read_held_out(
     return HeldOutReading(readout=readout, rows=rows, base_items=before, expert_items=after)
 
 
+def check_better(expert: float, base: float, *, name: str, prompts: str, mend: str) -> None:
+    """Refuse prompts on which an expert has nothing to show.
+
+    Args:
+        expert: its mean log-probability of the references, nats per token.
+        base: the base's.
+        name: the expert's.
+        prompts: which ones they are.
+        mend: what to do about it.
+
+    Raises:
+        CapabilityError: the expert is no better than the base.
+    """
+    if expert <= base:
+        raise CapabilityError(
+            f"on the {prompts} the expert {name} is no better than the base",
+            got=f"{expert:.4g} and {base:.4g} nats per token",
+            mend=mend,
+        )
+
+
 def read_replies(
     engine: Engine,
     base: WeightSource,
@@ -82,6 +103,7 @@ def read_replies(
     *,
     name: str,
     prompts: str,
+    mend: str,
 ) -> HeldOutReading:
     """How much of an expert's replies a merge would still give: :class:`~wpmerge.readouts.ReplyReadout`.
 
@@ -91,8 +113,7 @@ def read_replies(
         expert: gives them whole.
         own: log-probabilities of the replies.
         rows: its sequences.
-        name: the expert's, for a message.
-        prompts: which ones they are, for a message.
+        name: see :func:`check_better`; ``prompts`` and ``mend`` too.
 
     Raises:
         CapabilityError: to the expert the replies are no likelier than to the base.
@@ -101,12 +122,7 @@ def read_replies(
     states, outer = final_states(engine, base, rows, own.layer), base.outer(engine.layout.output_tensors())
     kept, before = (read_states(engine, outer, rows, each, states)[0].double() for each in (readout, own))
     after = torch.stack([each.double().mean() for each in readout.ceilings])
-    if float(after.mean()) <= float(before.mean()):
-        raise CapabilityError(
-            f"on the {prompts} the expert {name} is no better than the base",
-            got=f"{float(after.mean()):.4g} and {float(before.mean()):.4g} nats per token",
-            mend="take more of them, or give scales with --scale",
-        )
+    check_better(float(after.mean()), float(before.mean()), name=name, prompts=prompts, mend=mend)
     return HeldOutReading(readout=readout, rows=rows, base_items=kept, expert_items=torch.ones_like(kept))
 
 

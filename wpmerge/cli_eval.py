@@ -93,12 +93,7 @@ def evaluate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of everything that lm-eval draws.")] = 0,
-    confirm_unsafe_code: Annotated[
-        bool,
-        typer.Option(
-            "--confirm-unsafe-code", help="Let tasks run code that a model wrote, on this machine. Default: off."
-        ),
-    ] = False,
+    confirm_unsafe_code: options.ConfirmUnsafeCode = False,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,

@@ -34,12 +34,7 @@ def run(
         bool,
         typer.Option("--schema", help="Print the recipe's JSON Schema, for editors, and stop. Default: off."),
     ] = False,
-    confirm_unsafe_code: Annotated[
-        bool,
-        typer.Option(
-            "--confirm-unsafe-code", help="Let tasks run code that a model wrote, on this machine. Default: off."
-        ),
-    ] = False,
+    confirm_unsafe_code: options.ConfirmUnsafeCode = False,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,

@@ -50,6 +50,10 @@ Stream = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Accept checkpoints that bring code of their own. Default: off.")
 ]
+ConfirmUnsafeCode = Annotated[
+    bool,
+    typer.Option("--confirm-unsafe-code", help="Let tasks run code that a model wrote, on this machine. Default: off."),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout. Default: off.")
 ]

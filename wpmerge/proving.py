@@ -25,7 +25,7 @@ from wpmerge.agreement import interval, resamples
 from wpmerge.anchor import Anchor
 from wpmerge.arch import Layout
 from wpmerge.attribution import UnitArrays, empty_arrays
-from wpmerge.calibration import HeldOutReading, read_held_out
+from wpmerge.calibration import HeldOutReading, check_better, read_held_out
 from wpmerge.capability import Capability, load_capability
 from wpmerge.coefficients import Grouping, group_scores, make_grouping, squared_norms, tensor_coefficients
 from wpmerge.console import finite
@@ -38,7 +38,7 @@ from wpmerge.curves import (
     recovered,
     strata,
 )
-from wpmerge.errors import CapabilityError, WpmergeError
+from wpmerge.errors import WpmergeError
 from wpmerge.fusing import open_scored_family
 from wpmerge.gradients import directional
 from wpmerge.judges import TestPrompt, judge
@@ -257,12 +257,8 @@ class _Proof:
         record = self.scores.capabilities[self.name].held_out
         chosen = slice(self.settings.prompts)
         found = self._read([list(each) for each in record.sequences[chosen]], record.starts[chosen])
-        if found.expert <= found.base:
-            raise CapabilityError(
-                f"on the held-out prompts the expert {self.name} is no better than the base",
-                got=f"{found.expert:.4g} and {found.base:.4g} nats per token",
-                mend="score with more of them (--held-out)",
-            )
+        mend = "score with more of them (--held-out)"
+        check_better(found.expert, found.base, name=self.name, prompts="held-out prompts", mend=mend)
         return found
 
     def _read(self, sequences: list[list[int]], starts: Sequence[int]) -> HeldOutReading:

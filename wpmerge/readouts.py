@@ -155,6 +155,11 @@ class ReplyReadout:
         """One per sequence."""
         return self.own.items
 
+    @property
+    def sequences(self) -> Sequence[Sequence[int]]:
+        """Prompt and reference tokens."""
+        return self.own.sequences
+
     def places(self, row: Row) -> Int[Tensor, " N"]:
         """The tokens before each reference token."""
         return self.own.places(row)

@@ -2,7 +2,8 @@
 
 At the merge of the moment, one forward and one backward run per capability give ∂R_f/∂λ for every expert and every
 group of parameters at once. A step follows the gradient of the utility Σ_f log(ε + min(1, R̂_f)) on a batch of
-prompts; prompts that no step sees decide where to stop (docs/method.md, "From scores to a merge").
+prompts, as far as two halves of it agree; prompts that no step sees decide where to stop (docs/method.md, "From scores
+to a merge").
 
 Shape suffixes: E experts, G groups, U patched copies of the model, N read positions, D residual width.
 """
@@ -219,7 +220,7 @@ def refine(
     Args:
         merging: what is merged.
         start: λ before the first step.
-        prompts: per capability and retain set what steps are taken on: log-probabilities of references.
+        prompts: per capability and retain set what steps are taken on: references, each half of a batch by itself.
         held_out: what decides where to stop; no step sees it.
         settings: see :class:`RefineSettings`.
         progress: called with the steps done and in all.
@@ -291,8 +292,7 @@ def _some(reading: HeldOutReading, items: Sequence[int]) -> LogProbReadout | Rep
 
 
 def _packed(readout: LogProbReadout | ReplyReadout) -> list[Row]:
-    own = readout.own if isinstance(readout, ReplyReadout) else readout
-    return pack(own.sequences, tokens_per_row=TOKENS_PER_ROW)
+    return pack(readout.sequences, tokens_per_row=TOKENS_PER_ROW)
 
 
 class _Walk:

@@ -94,7 +94,12 @@ def held_out_readings(family: Family, scores: Scores, experts: Sequence[str]) ->
         if record.retain or name in experts:
             sequences = [list(each) for each in record.held_out.sequences]
             readings[name] = read_references(
-                family, "" if record.retain else name, sequences, record.held_out.starts, prompts="held-out prompts"
+                family,
+                "" if record.retain else name,
+                sequences,
+                record.held_out.starts,
+                prompts="held-out prompts",
+                mend="score with more held-out prompts (--held-out), or give scales with --scale",
             )
     return readings
 
@@ -127,7 +132,8 @@ def scored_readings(
             pairs = [(head, reply) for head, reply in zip(heads, replies, strict=True) if reply]
             sequences, starts = [[*head, *reply] for head, reply in pairs], [len(head) for head, _ in pairs]
             expert = "" if record.retain else name
-            readings[name] = read_references(family, expert, sequences, starts, prompts="scored prompts")
+            mend = "score with more prompts (--prompts), or take a rule that takes no steps on them"
+            readings[name] = read_references(family, expert, sequences, starts, prompts="scored prompts", mend=mend)
     return readings
 
 
@@ -137,7 +143,7 @@ def reference_limit(scores: Scores) -> int:
 
 
 def read_references(
-    family: Family, expert: str, sequences: Sequence[Sequence[int]], starts: Sequence[int], *, prompts: str
+    family: Family, expert: str, sequences: Sequence[Sequence[int]], starts: Sequence[int], *, prompts: str, mend: str
 ) -> HeldOutReading:
     """What a merge is judged by: how much of an expert's replies it keeps, or how likely it finds the base's.
 
@@ -147,6 +153,7 @@ def read_references(
         sequences: prompt and reference tokens.
         starts: where each reference starts.
         prompts: which ones they are, for a message.
+        mend: what to do where the expert is no better, for a message.
 
     Raises:
         CapabilityError: the expert is no better than the base on them.
@@ -155,4 +162,5 @@ def read_references(
     rows, base = pack(sequences, tokens_per_row=TOKENS_PER_ROW), family.weights[""]
     if not expert:
         return read_held_out(family.engine, base, None, readout, rows)
-    return read_replies(family.engine, base, family.weights[expert], readout, rows, name=expert, prompts=prompts)
+    own = family.weights[expert]
+    return read_replies(family.engine, base, own, readout, rows, name=expert, prompts=prompts, mend=mend)

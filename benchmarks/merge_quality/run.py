@@ -15,14 +15,16 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from benchmarks.merge_quality import prompts
 from benchmarks.reporting import commit, conditions
 from wpmerge.bench import BenchResult, bench
+from wpmerge.bench_results import BASE_MODEL, EXPERT_MODEL, ResultFile
 from wpmerge.bench_setup import BenchSettings
+from wpmerge.bench_table import Measure, make_cell
 from wpmerge.cli_bench import cell_table, markdown
 from wpmerge.readings import ScoreSettings
 from wpmerge.scoring import score
@@ -183,6 +185,27 @@ def keep(result: BenchResult, out: Path, *, resumable: bool) -> str:
     return text
 
 
+def kept_tables(out: Path, seeds: tuple[int, ...], against: str | None) -> str:
+    """The tables of what is kept, for the seeds that all of its strategies have finished.
+
+    Args:
+        out: holds results.jsonl.
+        seeds: the benchmark's.
+        against: the strategy that differences are taken to; None for the best rival.
+    """
+    records = ResultFile(out / "results.jsonl").records
+    found = {(subset, name): None for subset, name, _ in records if name not in (BASE_MODEL, EXPERT_MODEL)}
+    tables = []
+    for subset in dict.fromkeys(subset for subset, _ in found):
+        names = [name for of, name in found if of == subset]
+        for measure in get_args(Measure):
+            rivals = list(RIVALS) if against is None else [against]
+            cell = make_cell(records, subset, names, rivals=rivals, measure=measure, seeds=seeds)
+            if cell is not None:
+                tables.append(markdown(cell_table(cell)))
+    return "\n\n".join(tables)
+
+
 def headline(result: BenchResult) -> dict[str, Any]:
     """Per subset, by generated text: the best rival and our best, mean and minimum, and the paired differences."""
     found = {}
@@ -216,6 +239,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "merge_quality")
     parser.add_argument("--strategy", action="append", default=[], help="only this one (default: all)")
     parser.add_argument("--subset", action="append", default=[], help="only these experts, as a+b (default: all)")
+    parser.add_argument("--kept", action="store_true", help="run nothing: the tables of what OUT keeps")
+    parser.add_argument("--against", help="with --kept: differences to this strategy (default: to the best rival)")
     parser.add_argument("--quick", action="store_true", help="under ten minutes: few prompts, no number to be believed")
     arguments = parser.parse_args()
     setups = {
@@ -226,6 +251,9 @@ def main() -> None:
     for name in arguments.family or list(setups):
         began = time.monotonic()
         out = arguments.out / (f"{name}-quick" if arguments.quick else name)
+        if arguments.kept:
+            print(kept_tables(out, setups[name].bench.seeds, arguments.against))
+            continue
         take_up(out, arguments.work / out.name)
         result = run(
             setups[name],
@@ -239,7 +267,8 @@ def main() -> None:
         last[name] = {"subsets": headline(result), "seconds of this call": spent}
         kept = conditions(threads=torch.get_num_threads(), **last[name])
         (out / "summary.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(conditions(threads=torch.get_num_threads(), families=last)))
+    if not arguments.kept:
+        print(json.dumps(conditions(threads=torch.get_num_threads(), families=last)))
 
 
 if __name__ == "__main__":
