@@ -165,7 +165,7 @@ def run(check=None):
     prove(home / "scores", out=out, capabilities=["a"], settings=settings, progress=progress)
 
 def pieces():
-    return {path.name: path.stat().st_mtime_ns for path in out.parent.glob(".killed.wpmerge/out/pieces/*")}
+    return {path.name: path.stat().st_mtime_ns for path in out.parent.glob(".killed.wpmerge/out/pieces/[!.]*")}
 
 resumed, died = [], 0
 for least in (1, 4, 9):
