@@ -13,6 +13,7 @@ from wpmerge.calibration import HeldOutReading, assess, read_held_out
 from wpmerge.coefficients import make_grouping
 from wpmerge.demo import family_path
 from wpmerge.engine import Engine
+from wpmerge.gradients import Term
 from wpmerge.levels import RefineSettings
 from wpmerge.models import Family, open_family
 from wpmerge.readouts import LogProbReadout, measure
@@ -43,7 +44,7 @@ def test_slopes_are_finite_differences(model_type: str, granularity: str) -> Non
     readout, rows = LogProbReadout(layer=2, sequences=SEQUENCES, starts=STARTS), pack(SEQUENCES)
     generator = torch.Generator().manual_seed(0)
     point = torch.rand(2, len(case.grouping.names), generator=generator, dtype=torch.float64)
-    slopes = case.slopes(case.source(point), rows, readout)
+    (slopes,) = case.slopes(case.source(point), [Term(rows=rows, readout=readout)])
     chosen = random.Random(1).sample(range(point.numel()), min(6, point.numel()))
     for flat in chosen:
         place = divmod(flat, point.shape[1])

@@ -6,6 +6,7 @@ Shape suffixes: n sequences, L layers, D residual width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from wpmerge.arch import COARSE_KINDS, KINDS, Kind, Layout
 from wpmerge.attribution import UnitArrays, empty_arrays
 from wpmerge.engine import Engine
 from wpmerge.pieces import Forget, Keeper
-from wpmerge.readouts import Readout, Trace, output_gradient, trace
+from wpmerge.readouts import Readout, Trace, output_gradient, read_states, trace
 from wpmerge.rows import Row
 from wpmerge.weights import MixedWeights, Weights, WeightSource
 
@@ -74,7 +75,23 @@ def integrated(
     return found
 
 
-@torch.no_grad()
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Term:
+    """A term of a sum Σ w_i F_i that is differentiated: a readout's items, and what each counts.
+
+    Attributes:
+        rows: the readout's prompts.
+        readout: F_i, a number per item.
+        weigh: F_i → w_i, [items] → [items]: the derivative of what is wanted with respect to each item. None: a mean.
+        part: the sum that this term belongs to.
+    """
+
+    rows: Sequence[Row]
+    readout: Readout
+    weigh: Callable[[Float[Tensor, " items"]], Float[Tensor, " items"]] | None = None
+    part: int = 0
+
+
 def directional(
     engine: Engine,
     point: WeightSource,
@@ -99,98 +116,166 @@ def directional(
     Returns:
         One set of arrays per expert; NaN for units above the readout's layer.
     """
-    layout = engine.layout
-    run = trace(engine, point, rows, last=readout.layer)
-    products = [empty_arrays(layout, kinds) for _ in experts]
-    gradients, outer_gradient = _outer_backward(engine, point.outer(), rows, readout, run)
-    for index in reversed(range(readout.layer + 1)):
+    (found,) = directional_sums(engine, point, base, experts, [Term(rows=rows, readout=readout)], kinds=kinds)
+    return found
+
+
+@torch.no_grad()
+def directional_sums(
+    engine: Engine,
+    point: WeightSource,
+    base: WeightSource,
+    experts: Sequence[WeightSource],
+    terms: Sequence[Term],
+    *,
+    kinds: Sequence[Kind] = KINDS,
+) -> list[list[UnitArrays]]:
+    """:func:`directional` of several sums: every layer's weights and task vectors are made once for all of them.
+
+    Args:
+        engine: runs the layers.
+        point: θ, where the gradients are taken.
+        base: what the task vectors Δ_e start from.
+        experts: where they end.
+        terms: their readouts are read after the same layer. Terms that weigh nothing are not run backwards.
+        kinds: which unit kinds.
+
+    Returns:
+        Sum number → for each expert a set of arrays. NaN for units above the readouts' layer, and for all units in a
+        sum whose terms weigh nothing.
+    """
+    layout, last, count = engine.layout, terms[0].readout.layer, max(term.part for term in terms) + 1
+    assert all(term.readout.layer == last for term in terms), "terms are read after one layer"
+    run = trace(engine, point, [row for term in terms for row in term.rows], last=last)
+    outer = point.outer()
+    places = _weighed(engine, outer, terms, run)
+    run = Trace(entries=[run.entries[i] for i in places], hidden=[run.hidden[i] for i in places])
+    read = list(places.values())
+    products = [[empty_arrays(layout, kinds) for _ in experts] for _ in range(count)]
+    outer_gradients: list[Weights] = [{} for _ in range(count)]
+    gradients = [
+        _outer_backward(engine, outer, each, states[-1], outer_gradients[each.part])
+        for each, states in zip(read, run.hidden, strict=True)
+    ]
+    del outer
+    for index in reversed(range(last + 1)):
         weights = {name: value.detach().requires_grad_() for name, value in point.layer(index).items()}
-        total = {name: torch.zeros_like(value) for name, value in weights.items()}
+        totals: list[Weights] = [{} for _ in range(count)]
         for number, entry in enumerate(run.entries):
             with torch.enable_grad():
                 leaf = run.hidden[number][index].detach().requires_grad_()
                 output = engine.layer(index, weights, leaf, entry.calls[index])
                 gradients[number], *parts = torch.autograd.grad(output, [leaf, *weights.values()], gradients[number])
             run.hidden[number].pop()
-            for name, part in zip(total, parts, strict=True):
-                total[name] += part
+            _collect(totals[read[number].part], dict(zip(weights, parts, strict=True)))
         before = base.layer(index)
-        for arrays, expert in zip(products, experts, strict=True):
-            _add_products(layout, layout.layer_prefix(index), total, before, expert.layer(index), arrays)
-    _add_input_gradient(engine, point.outer(), rows, gradients, outer_gradient)
+        for place, expert in enumerate(experts):
+            own = [arrays[place] for arrays in products]
+            _add_products(layout, layout.layer_prefix(index), totals, before, expert.layer(index), own)
+    outer = point.outer()
+    for each, gradient in zip(read, gradients, strict=True):
+        _add_input_gradient(engine, outer, each.row, gradient, outer_gradients[each.part])
+    del outer
     before = base.outer()
-    for arrays, expert in zip(products, experts, strict=True):
-        _add_products(layout, "", outer_gradient, before, expert.outer(), arrays)
+    for place, expert in enumerate(experts):
+        own = [arrays[place] for arrays in products]
+        _add_products(layout, "", outer_gradients, before, expert.outer(), own)
     return products
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Weighed:
+    """A row that is run backwards, and what its items count."""
+
+    row: Row
+    readout: Readout
+    weights: Float[Tensor, " items"]
+    part: int
+
+
+def _weighed(engine: Engine, outer: Weights, terms: Sequence[Term], run: Trace) -> dict[int, _Weighed]:
+    """Number of the row in the run → what its items count; without rows of terms that weigh nothing."""
+    found, start = {}, 0
+    for term in terms:
+        end = start + len(term.rows)
+        if term.weigh is None:
+            weights = torch.full((term.readout.items,), 1.0 / term.readout.items, dtype=torch.float64)
+        else:
+            states = [hidden[-1] for hidden in run.hidden[start:end]]
+            weights = term.weigh(read_states(engine, outer, term.rows, term.readout, states)[0])
+        if weights.any():
+            for number, row in enumerate(term.rows, start=start):
+                found[number] = _Weighed(row=row, readout=term.readout, weights=weights, part=term.part)
+        start = end
+    return found
+
+
 def _outer_backward(
-    engine: Engine, outer: Weights, rows: Sequence[Row], readout: Readout, run: Trace
-) -> tuple[list[Tensor], Weights]:
-    """∂F at each row's last residual stream, and ∂F of final norm and head (absent where the readout stops below)."""
+    engine: Engine, outer: Weights, weighed: _Weighed, state: Float[Tensor, "1 T D"], total: Weights
+) -> Float[Tensor, "1 T D"]:
+    """The gradient at a row's last residual stream; those of final norm and head, if read, are added to ``total``."""
+    readout, row, layout = weighed.readout, weighed.row, engine.layout
     if not readout.reads_output:
-        read = [
-            output_gradient(engine, outer, row, readout, states[-1])
-            for row, states in zip(rows, run.hidden, strict=True)
-        ]
-        return read, {}
-    layout = engine.layout
+        return output_gradient(engine, outer, row, readout, state, weights=weighed.weights)
     body = f"{layout.arch.body}.{layout.arch.final_norm}."
     names = [name for name in outer if name.startswith((body, "lm_head.")) or name == layout.head]
-    total = {name: torch.zeros_like(outer[name], dtype=engine.dtype) for name in names}
-    gradients = []
-    for row, states in zip(rows, run.hidden, strict=True):
-        places = readout.places(row)
-        with torch.enable_grad():
-            leaves = dict(outer) | {name: outer[name].detach().to(engine.dtype).requires_grad_() for name in names}
-            hidden = states[-1].detach().requires_grad_()
-            value = readout.read(engine, leaves, hidden[:, places], row).sum() / readout.items
-            gradient, *parts = torch.autograd.grad(value, [hidden, *(leaves[name] for name in names)])
-        gradients.append(gradient)
-        for name, part in zip(names, parts, strict=True):
-            total[name] += part
-    return gradients, total
+    with torch.enable_grad():
+        leaves = dict(outer) | {name: outer[name].detach().to(engine.dtype).requires_grad_() for name in names}
+        hidden = state.detach().requires_grad_()
+        found = readout.read(engine, leaves, hidden[:, readout.places(row)], row)[0]
+        gradient, *parts = torch.autograd.grad(
+            (found * weighed.weights.to(found)).sum(), [hidden, *(leaves[name] for name in names)]
+        )
+    _collect(total, dict(zip(names, parts, strict=True)))
+    return gradient
 
 
 def _add_input_gradient(
-    engine: Engine, outer: Weights, rows: Sequence[Row], gradients: Sequence[Tensor], total: Weights
+    engine: Engine, outer: Weights, row: Row, gradient: Float[Tensor, "1 T D"], total: Weights
 ) -> None:
     layout = engine.layout
     names = [layout.embedding]
     if layout.arch.positions:
         names.append(f"{layout.arch.body}.{layout.arch.positions}.weight")
-    for row, gradient in zip(rows, gradients, strict=True):
-        with torch.enable_grad():
-            leaves = dict(outer) | {name: outer[name].detach().to(engine.dtype).requires_grad_() for name in names}
-            hidden = engine.embed(leaves, row).hidden
-            parts = torch.autograd.grad(hidden, [leaves[name] for name in names], gradient)
-        for name, part in zip(names, parts, strict=True):
-            total[name] = total[name] + part if name in total else part
+    with torch.enable_grad():
+        leaves = dict(outer) | {name: outer[name].detach().to(engine.dtype).requires_grad_() for name in names}
+        parts = torch.autograd.grad(engine.embed(leaves, row).hidden, [leaves[name] for name in names], gradient)
+    _collect(total, dict(zip(names, parts, strict=True)))
+
+
+def _collect(total: Weights, parts: Mapping[str, Tensor]) -> None:
+    for name, part in parts.items():
+        total[name] = total[name].add_(part) if name in total else part
 
 
 def _add_products(
     layout: Layout,
     prefix: str,
-    gradient: Mapping[str, Tensor],
+    gradients: Sequence[Mapping[str, Tensor]],
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
-    arrays: UnitArrays,
+    sums: Sequence[UnitArrays],
 ) -> None:
-    """Sum gradient · (after − before) over each unit's slices into ``arrays``."""
-    for name, slope in gradient.items():
-        units = layout.tensors[prefix + name]
-        product = slope * (after[name].to(slope) - before[name].to(slope))
-        others = [axis for axis in range(product.ndim) if axis != units.axis]
-        along = product.double().sum(dim=others) if others else product.double()
-        for segment in units.segments:
-            if segment.kind in arrays:
-                entries = along.sum()[None] if units.axis is None else along[segment.start : segment.stop]
-                span = slice(segment.first, segment.first + segment.count)
-                _add(arrays[segment.kind][units.layer, span], entries.view(segment.count, -1).sum(dim=1))
-        for kind in COARSE_KINDS:
-            if kind in arrays and prefix:
-                for index in layout.coarse_units(kind, name):
-                    _add(arrays[kind][units.layer, index : index + 1], along.sum()[None])
+    """Sum gradient · (after − before) over each unit's slices into the arrays of the gradient's own sum."""
+    for name in dict.fromkeys(name for gradient in gradients for name in gradient):
+        units, delta = layout.tensors[prefix + name], None
+        others = [axis for axis in range(after[name].ndim) if axis != units.axis]
+        for gradient, arrays in zip(gradients, sums, strict=True):
+            if (slope := gradient.get(name)) is None:
+                continue
+            if delta is None:
+                delta = after[name].to(slope) - before[name].to(slope)
+            product = slope * delta
+            along = (product.sum(dim=others) if others else product).double()
+            for segment in units.segments:
+                if segment.kind in arrays:
+                    entries = along.sum()[None] if units.axis is None else along[segment.start : segment.stop]
+                    span = slice(segment.first, segment.first + segment.count)
+                    _add(arrays[segment.kind][units.layer, span], entries.view(segment.count, -1).sum(dim=1))
+            for kind in COARSE_KINDS:
+                if kind in arrays and prefix:
+                    for index in layout.coarse_units(kind, name):
+                        _add(arrays[kind][units.layer, index : index + 1], along.sum()[None])
 
 
 def _add(into: Tensor, values: Tensor) -> None:

@@ -326,12 +326,19 @@ def read_states(
 
 
 def output_gradient(
-    engine: Engine, outer: Weights, row: Row, readout: Readout, hidden: Float[Tensor, "1 T D"]
+    engine: Engine,
+    outer: Weights,
+    row: Row,
+    readout: Readout,
+    hidden: Float[Tensor, "1 T D"],
+    *,
+    weights: Float[Tensor, " items"] | None = None,
 ) -> Float[Tensor, "1 T D"]:
-    """∂F/∂hidden for the residual stream that a readout reads."""
+    """∂(Σ weights · items)/∂hidden for the residual stream that a readout reads; without weights ∂F/∂hidden."""
     places = readout.places(row)
     with torch.enable_grad():
         read = hidden[:, places].detach().requires_grad_()
-        total = readout.read(engine, outer, read, row).sum() / readout.items
+        found = readout.read(engine, outer, read, row)[0]
+        total = found.sum() / readout.items if weights is None else (found * weights.to(found)).sum()
         (gradient,) = torch.autograd.grad(total, read)
     return torch.zeros_like(hidden).index_add(1, places.to(hidden.device), gradient)

@@ -1,20 +1,21 @@
 """Coefficients by steps on what the merge itself does: rule ``refine``.
 
-At the merge of the moment, one forward and one backward run per capability give ∂R_f/∂λ for every expert and every
-group of parameters at once. A step follows the gradient of the utility Σ_f log(ε + min(1, R̂_f)) on a batch of
+At the merge of the moment, one forward and one backward run of all capabilities' prompts give ∂U/∂λ for every expert
+and every group of parameters at once. A step follows the gradient of the utility Σ_f log(ε + min(1, R̂_f)) on a batch of
 prompts, as far as two halves of it agree; prompts that no step sees decide where to stop (docs/method.md, "From scores
 to a merge").
 
-Shape suffixes: E experts, G groups, U patched copies of the model, N read positions, D residual width.
+Shape suffixes: E experts, G groups.
 """
 
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from wpmerge.arch import KINDS, MODEL_KINDS, Kind, Layout
@@ -22,14 +23,17 @@ from wpmerge.attribution import UnitArrays
 from wpmerge.calibration import EPSILON, PENALTY, HeldOutReading, Standing, assess, merged_source
 from wpmerge.coefficients import Grouping, group_scores, squared_norms, tensor_coefficients
 from wpmerge.engine import Engine
-from wpmerge.gradients import directional
+from wpmerge.gradients import Term, directional_sums
 from wpmerge.levels import Levels, Parts, RefineSettings, direction, make_levels, no_parts, together
+from wpmerge.memory import FLOAT
 from wpmerge.plan import Added, Coefficient, Steps
-from wpmerge.readouts import LogProbReadout, Readout, ReplyReadout, measure
-from wpmerge.rows import Row, pack
+from wpmerge.readouts import LogProbReadout, ReplyReadout
+from wpmerge.rows import pack
 from wpmerge.weights import Weights, WeightSource
 
 TOKENS_PER_ROW = 384
+HELD_BYTES = 1 << 29
+"""Residual streams that a step holds at once, bytes; one capability's at least."""
 MARGIN = 0.5
 """Share of the tolerance that a retain set may have lost on a batch before it pulls: other prompts may lose more."""
 LEAST_KEPT = 0.05
@@ -72,36 +76,6 @@ class Refined:
             for name, whole, block, group in zip(experts, parts.expert[:, 0], parts.block, parts.group, strict=True)
         }
         return Steps(step=best.step, averaged=best.averaged, added=added)
-
-
-class _Kept:
-    """A readout that keeps what it read: the gradient's run is then the measurement too."""
-
-    def __init__(self, inner: LogProbReadout | ReplyReadout) -> None:
-        self.inner = inner
-        self.values = torch.zeros(inner.items, dtype=torch.float64)
-
-    @property
-    def layer(self) -> int:
-        return self.inner.layer
-
-    @property
-    def items(self) -> int:
-        return self.inner.items
-
-    @property
-    def reads_output(self) -> bool:
-        return self.inner.reads_output
-
-    def places(self, row: Row) -> Int[Tensor, " N"]:
-        return self.inner.places(row)
-
-    def read(
-        self, engine: Engine, outer: Weights, hidden: Float[Tensor, "U N D"], row: Row
-    ) -> Float[Tensor, "U items"]:
-        found = self.inner.read(engine, outer, hidden, row)
-        self.values += found[0].detach().double().cpu()
-        return found
 
 
 @dataclass(slots=True, kw_only=True)
@@ -184,15 +158,15 @@ class Merging:
         found = [squared_norms(self.layout, self.grouping, self.base, expert) for expert in self.experts.values()]
         return torch.stack(found)
 
-    def slopes(self, merged: WeightSource, rows: Sequence[Row], readout: Readout) -> Float[Tensor, "E G"]:
-        """∂F/∂λ at a merge, from one forward and one backward run."""
+    def slopes(self, merged: WeightSource, terms: Sequence[Term]) -> list[Float[Tensor, "E G"]]:
+        """∂/∂λ of each of the terms' sums at a merge, from one forward and one backward run; of no weight, zeros."""
         kinds: tuple[Kind, ...] = KINDS if self.grouping.granularity == "unit" else ("tensor", *MODEL_KINDS)
-        found = directional(self.engine, merged, self.base, list(self.experts.values()), rows, readout, kinds=kinds)
-        return torch.stack([self._grouped(arrays) for arrays in found])
+        sums = directional_sums(self.engine, merged, self.base, list(self.experts.values()), terms, kinds=kinds)
+        return [torch.stack([self._grouped(arrays).nan_to_num() for arrays in own]) for own in sums]
 
     def _grouped(self, arrays: UnitArrays) -> Float[Tensor, " G"]:
         if self.grouping.granularity == "unit":
-            return torch.nan_to_num(group_scores(self.layout, self.grouping, arrays))
+            return group_scores(self.layout, self.grouping, arrays)
         total = torch.zeros(len(self.grouping.names), dtype=torch.float64)
         for index in range(self.layout.layers):
             for number, tensor in enumerate(self.layout.layer_tensors(index)):
@@ -239,60 +213,67 @@ def refine(
         if progress is not None:
             progress(step, settings.steps)
         merged = merging.source(together(levels, walk.parts))
-        halves = [torch.zeros_like(levels.start) for _ in range(2)]
+        halves = torch.zeros(2, *levels.start.shape, dtype=levels.start.dtype)
+        pairs = []
         for name, reading in prompts.items():
             taken = draws[name].take(settings.batch)
-            for number in range(2):
-                halves[number] += _pull(merging, merged, reading, taken[number::2] or taken, settings)
+            pairs.append([_term(reading, taken[half::2] or taken, half, settings) for half in range(2)])
+        for terms in _bounded(merging.layout, pairs):
+            halves += torch.stack(merging.slopes(merged, terms))
         walk.step((halves[0], halves[1]), step)
     if progress is not None:
         progress(settings.steps, settings.steps)
     return walk.result()
 
 
-def _pull(
-    merging: Merging, merged: WeightSource, reading: HeldOutReading, items: Sequence[int], settings: RefineSettings
-) -> Float[Tensor, "E G"]:
-    """One capability's part of ∂U on a batch."""
+def _bounded(layout: Layout, pairs: Sequence[Sequence[Term]]) -> list[list[Term]]:
+    """Terms that are run together: their residual streams take :data:`HELD_BYTES` at most, or are one capability's."""
+    found: list[list[Term]] = []
+    held = HELD_BYTES
+    for pair in pairs:
+        tokens = sum(row.tokens.numel() for term in pair for row in term.rows)
+        size = FLOAT * tokens * layout.hidden * (layout.layers + 1)
+        if held + size > HELD_BYTES:
+            found.append([])
+            held = 0
+        found[-1] += pair
+        held += size
+    return found
+
+
+def _term(reading: HeldOutReading, items: Sequence[int], half: int, settings: RefineSettings) -> Term:
+    """A capability's or retain set's part of ∂U on some prompts."""
+    assert isinstance(reading.readout, (LogProbReadout, ReplyReadout)), "steps are taken on references"
+    readout = reading.readout.some(items)
+    before = reading.base_items[list(items)]
     if reading.expert_items is None:
-        return _hold_back(merging, merged, reading, items, settings)
-    kept = _Kept(_some(reading, items))
-    slopes = merging.slopes(merged, _packed(kept.inner), kept)
-    change = float((kept.values - reading.base_items[list(items)]).mean())
-    gap = float((reading.expert_items - reading.base_items)[list(items)].mean())
-    share = change / gap if gap > 0 else 1.0
-    if share >= 1.0:
-        return torch.zeros_like(slopes)
-    return slopes / (gap * (EPSILON + max(LEAST_KEPT, share)))
+        weigh = partial(_weigh_retained, before=before, tolerance=settings.tolerance)
+    else:
+        weigh = partial(_weigh_skill, before=before, gap=float((reading.expert_items[list(items)] - before).mean()))
+    return Term(rows=pack(readout.sequences, tokens_per_row=TOKENS_PER_ROW), readout=readout, weigh=weigh, part=half)
 
 
-def _hold_back(
-    merging: Merging, merged: WeightSource, reading: HeldOutReading, items: Sequence[int], settings: RefineSettings
-) -> Float[Tensor, "E G"]:
-    """A retain set's part of ∂U: the harder, the more of the tolerance its prompts have lost.
+def _weigh_skill(
+    values: Float[Tensor, " items"], *, before: Float[Tensor, " items"], gap: float
+) -> Float[Tensor, " items"]:
+    """∂U/∂ of each prompt's number: the more, the less of the skill there is; nothing once it is whole."""
+    share = float((values.double().cpu() - before).mean()) / gap if gap > 0 else 1.0
+    pull = 0.0 if share >= 1.0 else 1.0 / (gap * (EPSILON + max(LEAST_KEPT, share)))
+    return torch.full_like(before, pull / len(before))
+
+
+def _weigh_retained(
+    values: Float[Tensor, " items"], *, before: Float[Tensor, " items"], tolerance: float
+) -> Float[Tensor, " items"]:
+    """∂U/∂ of each prompt's number: the more, the more of the tolerance its prompts have lost.
 
     What some prompts lose and others win does not cancel here: losses are few and large, and which prompts win says
     nothing about others. So only those that lost pull, and only what they lost counts.
     """
-    batch = _some(reading, items)
-    change = measure(merging.engine, merged, _packed(batch), batch).double().cpu() - reading.base_items[list(items)]
-    losing = [item for item, each in zip(items, change.tolist(), strict=True) if each < 0.0]
-    lost = float(-change.clamp_max(0.0).mean()) / settings.tolerance
-    pull = PENALTY * max(0.0, lost - MARGIN) / settings.tolerance
-    if not losing or pull == 0.0:
-        return torch.zeros(len(merging.experts), len(merging.grouping.names), dtype=torch.float64)
-    part = _some(reading, losing)
-    return merging.slopes(merged, _packed(part), part) * (pull * len(losing) / len(items))
-
-
-def _some(reading: HeldOutReading, items: Sequence[int]) -> LogProbReadout | ReplyReadout:
-    readout = reading.readout
-    assert isinstance(readout, (LogProbReadout, ReplyReadout)), "steps are taken on references"
-    return readout.some(items)
-
-
-def _packed(readout: LogProbReadout | ReplyReadout) -> list[Row]:
-    return pack(readout.sequences, tokens_per_row=TOKENS_PER_ROW)
+    change = values.double().cpu() - before
+    lost = float(-change.clamp_max(0.0).mean()) / tolerance
+    pull = PENALTY * max(0.0, lost - MARGIN) / tolerance
+    return torch.where(change < 0.0, pull / len(before), 0.0)
 
 
 class _Walk:
