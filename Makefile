@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SHARED ?= ../shared
-# Most of what is installed is never imported: bytecode is written at the first import. A new pip resolves in a third.
+# Most of what is installed is never imported: bytecode is written at the first import, even where a shell says otherwise,
+# or every process would compile anew. A new pip resolves in a third.
+export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: demo test soak lint format clean

@@ -171,6 +171,19 @@ def test_a_rule_joins_with_one_entry(
     assert own["skills"]["a"]["logprob"] == pytest.approx(control["skills"]["a"]["logprob"], abs=2e-4)
 
 
+def test_seeds_can_be_run_apart(disk: Disk, files: dict[str, Path], finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bench"
+    shutil.copytree(finished, out)
+    left = [line for line in lines(out) if (line["strategy"], line["seed"]) != ("uniform", 1)]
+    (out / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in left))
+    run(disk, files, out, strategies=("uniform",), only_seeds=(0,))
+    assert lines(out) == left
+    run(disk, files, out, strategies=("uniform",), only_seeds=(1,))
+    assert {(line["strategy"], line["seed"]) for line in lines(out)[len(left) :]} == {("uniform", 1)}
+    with pytest.raises(EvaluationError, match="some of the seeds"):
+        run(disk, files, out, strategies=("uniform",), only_seeds=(7,))
+
+
 def test_seeds_share_no_test_prompt(files: dict[str, Path]) -> None:
     items = load_tests(files["a"])
     parts = split_tests(items, SMALL)

@@ -148,7 +148,7 @@ class _Run:
 
     def everything(self, subsets: Sequence[tuple[str, ...]], strategies: Sequence[str]) -> None:
         """All strategies on the first seed, then the next: an interrupted run leaves whole tables behind."""
-        for seed in self.settings.seeds:
+        for seed in self.settings.only_seeds or self.settings.seeds:
             work = [
                 (subset, name)
                 for subset in subsets

@@ -34,6 +34,7 @@ class BenchSettings:
         strategies: names; empty for every rival, every rule of ours that is no rival's twin, and its controls.
         subsets: experts merged together; empty for every pair and the whole set.
         seeds: each has tuning prompts, draws and test prompts of its own.
+        only_seeds: of ``seeds`` those to run now, so that machines can share the work; empty for all.
         evaluations: merges that each strategy may run on the tuning prompts, per subset and seed.
         tune: tuning prompts per skill and seed.
         tests: test prompts per skill over all seeds; None for all in the file.
@@ -49,6 +50,7 @@ class BenchSettings:
     strategies: tuple[str, ...] = ()
     subsets: tuple[tuple[str, ...], ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
+    only_seeds: tuple[int, ...] = ()
     evaluations: int = 24
     tune: int = 16
     tests: int | None = None
@@ -61,6 +63,8 @@ class BenchSettings:
     def __post_init__(self) -> None:
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise EvaluationError("seeds must be different, and at least one", got=self.seeds)
+        if unknown := set(self.only_seeds) - set(self.seeds):
+            raise EvaluationError("only_seeds are some of the seeds", got=sorted(unknown), expected=self.seeds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -107,7 +107,13 @@ def _quick() -> BenchSettings:
 
 
 def run(
-    family: FamilySetup, work: Path, *, strategies: tuple[str, ...], subsets: tuple[tuple[str, ...], ...], quick: bool
+    family: FamilySetup,
+    work: Path,
+    *,
+    strategies: tuple[str, ...],
+    subsets: tuple[tuple[str, ...], ...],
+    seeds: tuple[int, ...],
+    quick: bool,
 ) -> BenchResult:
     """Score if there are no scores yet, write test prompts, and bench what is missing."""
     place = work / f"{family.name}{'-quick' if quick else ''}"
@@ -128,6 +134,7 @@ def run(
     tests = place / "tests" / family.name
     changes: dict[str, Any] = {
         "strategies": strategies or (QUICK_STRATEGIES if quick else family.bench.strategies),
+        "only_seeds": seeds,
         "label": commit(),
     }
     if subsets or quick:
@@ -239,6 +246,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "merge_quality")
     parser.add_argument("--strategy", action="append", default=[], help="only this one (default: all)")
     parser.add_argument("--subset", action="append", default=[], help="only these experts, as a+b (default: all)")
+    parser.add_argument("--only-seed", type=int, action="append", default=[], help="only this one (default: all)")
     parser.add_argument("--kept", action="store_true", help="run nothing: the tables of what OUT keeps")
     parser.add_argument("--against", help="with --kept: differences to this strategy (default: to the best rival)")
     parser.add_argument("--quick", action="store_true", help="under ten minutes: few prompts, no number to be believed")
@@ -260,6 +268,7 @@ def main() -> None:
             arguments.work,
             strategies=tuple(arguments.strategy),
             subsets=tuple(tuple(text.split("+")) for text in arguments.subset),
+            seeds=tuple(arguments.only_seed),
             quick=arguments.quick,
         )
         print(keep(result, out, resumable=name == "smollm2" and not arguments.quick))
