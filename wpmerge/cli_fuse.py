@@ -107,7 +107,7 @@ def fuse(
     allow_nan: options.AllowNan = False,
     shard_size: options.ShardSize = "5GB",
     dtype: options.Dtype = None,
-    threads: options.Threads = 1,
+    threads: options.Threads = 2,
     device: options.Device = "cpu",
     stream: options.Stream = False,
     overwrite: options.Overwrite = False,

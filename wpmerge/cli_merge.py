@@ -47,7 +47,7 @@ def merge(
             help=f"Of the written weights: {', '.join(options.DTYPES)}. Default: the recipe's, or the base's.",
         ),
     ] = None,
-    threads: options.Threads = 1,
+    threads: options.Threads = 2,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,

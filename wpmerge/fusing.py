@@ -63,7 +63,7 @@ def fuse(
     allow_nan: bool = False,
     dtype: Dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
-    threads: int = 1,
+    threads: int = 2,
     overwrite: bool = False,
     device: str = "cpu",
     resident: bool = True,

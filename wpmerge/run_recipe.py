@@ -126,7 +126,7 @@ class Output(_Section):
     """Of the written weights; none keeps each tensor's in the base."""
     shard_size: str = "5GB"
     """Most weights per file."""
-    threads: Annotated[int, _least("threads")] = 1
+    threads: Annotated[int, _least("threads")] = 2
     """Blocks merged at a time, a thread each."""
     allow_nan: bool = False
     """Let numbers pass that are not finite."""
