@@ -9,7 +9,7 @@ from tiny import CONFIGS, ModelWeights, tiny_model
 from wpmerge.arch import Layout, Slice
 from wpmerge.engine import Engine
 from wpmerge.estimators import completeness
-from wpmerge.gradients import directional, integrated, interpolated, state_gradients
+from wpmerge.gradients import Term, directional, directional_sums, integrated, interpolated, state_gradients
 from wpmerge.readouts import AnchorReadout, LogProbReadout, Readout, measure, read_states, trace
 from wpmerge.rows import pack
 
@@ -76,6 +76,42 @@ def test_directional_is_autograd_through_the_whole_model(model_type: str, readin
             # transformers' root-mean-square norms compute in float32
             torch.testing.assert_close(array, expected, rtol=0, atol=1e-5 * largest, equal_nan=True, msg=kind)
             assert largest > 1e-3 or expected.isnan().all(), kind
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_sums_are_those_of_their_terms_each_with_its_weights(model_type: str) -> None:
+    """Three terms in two sums, one run; and a sum of a term that weighs nothing."""
+    models = [ModelWeights.of(tiny_model(model_type, seed=seed, dtype=torch.float64)) for seed in (0, 1, 2)]
+    base, experts = models[0], models[1:]
+    engine = Engine(base.layout, dtype=torch.float64)
+    whole = LogProbReadout(layer=2, sequences=SEQUENCES, starts=STARTS)
+    parts = [whole.some(items) for items in ([0, 1], [2], [3])]
+    seen = []
+
+    def twice_the_square(values: torch.Tensor) -> torch.Tensor:
+        seen.append(values)
+        return 2.0 * values
+
+    rows = [pack(part.sequences) for part in parts]
+    terms = [
+        Term(rows=rows[0], readout=parts[0], weigh=twice_the_square, part=1),
+        Term(rows=rows[1], readout=parts[1], part=0),
+        Term(rows=rows[2], readout=parts[2], weigh=lambda _: torch.tensor([3.0]), part=1),
+        Term(rows=rows[0], readout=parts[0], weigh=torch.zeros_like, part=2),
+    ]
+    sums = directional_sums(engine, base, base, experts, terms)
+    single = [
+        directional(engine, base, base, experts, pack([each]), whole.some([n])) for n, each in enumerate(SEQUENCES)
+    ]
+    torch.testing.assert_close(seen[0], measure(engine, base, rows[0], parts[0]))
+    for number in range(len(experts)):
+        for kind, array in sums[1][number].items():
+            own = [each[number][kind] for each in single]
+            expected = 2.0 * seen[0][0] * own[0] + 2.0 * seen[0][1] * own[1] + 3.0 * own[3]
+            close = {"rtol": 0, "atol": 1e-5 * float(expected.abs().max())}  # the models' norms compute in float32
+            torch.testing.assert_close(array, expected, **close, msg=kind)
+            torch.testing.assert_close(sums[0][number][kind], own[2], **close, msg=kind)
+            assert sums[2][number][kind].isnan().all(), kind
 
 
 @pytest.mark.parametrize(

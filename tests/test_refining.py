@@ -126,6 +126,21 @@ def test_steps_improve_what_no_step_saw(demo: Family) -> None:
     assert torch.equal(again.coefficients, found.coefficients)
 
 
+def test_what_is_held_at_once_does_not_matter(demo: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All skills in one run, or, where their residual streams would take too much, one skill after the other."""
+    case = of_demo(demo, "block")
+    start = torch.full((3, len(case.grouping.names)), 0.6, dtype=torch.float64)
+    prompts, settings = readings(demo, 0, 4), RefineSettings(steps=1, batch=4, check=1)
+    runs, whole = [], Merging.slopes
+    monkeypatch.setattr(Merging, "slopes", lambda *given: runs.append(len(given[2])) or whole(*given))
+    found = []
+    for held in (1 << 29, 1):
+        monkeypatch.setattr("wpmerge.refining.HELD_BYTES", held)
+        found.append(refine(case, start, prompts, prompts, settings).parts.block)
+    assert runs == [6, 2, 2, 2]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
 def test_what_does_not_help_is_not_returned(demo: Family) -> None:
     """Held-out references that the base prefers: every step towards the experts makes them worse."""
     case = of_demo(demo, "expert")
