@@ -35,10 +35,12 @@ def test_a_sequence_moves_its_words_on():
 
 
 def test_only_accepted_plants_count():
-    plant = {"plant": "spread", "auroc": {"linear, sufficiency": 0.9}, "ap": {"linear, sufficiency": 0.5}}
+    mine = {"linear, sufficiency": 0.9, "integrated, sufficiency": 0.8, "exact, sufficiency": 0.7}
+    plant = {"plant": "spread", "auroc": dict(mine), "ap": dict(mine)}
     for name in ("activation", "norm", "norm per weight", "magnitude", "fisher", "depth", "random"):
         plant["auroc"][name] = plant["ap"][name] = 0.4
     found = summary([plant | {"accepted": True}, plant | {"accepted": False}])["spread"]
     assert (found["made"], found["accepted"]) == (2, 1)
     assert found["auroc"]["linear, sufficiency"] == [0.9, 0.9, 0.9]
-    assert found["auroc, linear sufficiency ahead of"]["norm"] == [0.5, 0.5, 0.5]
+    assert found["auroc, linear ahead of"]["norm"] == [0.5, 0.5, 0.5]
+    assert found["ap, exact ahead of"]["depth"] == [0.3, 0.3, 0.3]

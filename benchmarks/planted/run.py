@@ -1,6 +1,6 @@
 """Does weight patching find the units that a skill was planted in, while every other weight moves as much?
 
-    python -m benchmarks.planted.run [--seeds 0 1 2] [--plants concentrated spread redundant] [--out FILE]
+    python -m benchmarks.planted.run [--seeds 0 1 2 3 4] [--plants concentrated spread redundant] [--out FILE]
 
 A small Llama learns from nothing to repeat words after one of three marks. An expert is made of it in two phases: the
 plant, known neurons and heads alone, learns to move words on by 3 after one mark; then every other weight learns to
@@ -13,7 +13,7 @@ again without them, until each costs at least 0.02 of what its set recovers. A p
 recovers at least 0.8 of the skill's log-probability and its complement at most 0.2; each set of a redundant plant must
 recover 0.8. Positives are the plant's units that cost at least 0.01, taken out of the finished expert or of their
 transplanted set; those that do not are neither positives nor negatives. Negatives are all other heads and neurons. The
-last line is JSON.
+last line is JSON. Plants that are already in FILE are not made again.
 """
 
 import argparse
@@ -53,6 +53,7 @@ KEPT_COST, NECESSARY = 0.02, 0.01
 """Least cost of taking a unit out, a fraction of the gap: in its set while planting, and of a positive at the end."""
 PRUNINGS = 4
 """Times that a plant is pruned and trained again, at most."""
+ESTIMATORS = ("linear", "integrated", "exact")
 RIVALS = ("activation", "norm", "norm per weight", "magnitude", "fisher", "depth", "random")
 
 
@@ -376,7 +377,7 @@ def one_plant(base: LlamaForCausalLM, kind: str, seed: int, steps: int, prompts:
 
 
 def summary(plants: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over accepted plants, and how far each weight-patching number is ahead of each rival, with intervals."""
+    """Means over accepted plants, and how far each estimator is ahead of each rival, with intervals."""
     chance, found = np.random.default_rng(0), {}
     for kind in dict.fromkeys(each["plant"] for each in plants):
         kept = [each for each in plants if each["plant"] == kind and each["accepted"]]
@@ -386,9 +387,10 @@ def summary(plants: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for measure_name in ("auroc", "ap"):
                 table = {name: np.array([each[measure_name][name] for each in kept]) for name in kept[0][measure_name]}
                 record[measure_name] = {name: _interval(v, draws) for name, v in table.items()}
-                record[f"{measure_name}, linear sufficiency ahead of"] = {
-                    name: _interval(table["linear, sufficiency"] - table[name], draws) for name in RIVALS
-                }
+                for mine in ESTIMATORS:
+                    record[f"{measure_name}, {mine} ahead of"] = {
+                        name: _interval(table[f"{mine}, sufficiency"] - table[name], draws) for name in RIVALS
+                    }
         found[kind] = record
     return found
 
@@ -399,10 +401,24 @@ def _interval(values: Any, draws: Any) -> list[float]:
     return [round(float(each), 4) for each in (values.mean(), low, high)]
 
 
+def result(plants: Sequence[Mapping[str, Any]], threads: int, seconds: float) -> str:
+    """The JSON line."""
+    found = {"benchmark": "planted", "summary": summary(plants), "plants": plants}
+    return json.dumps(found | conditions(threads=threads, seconds=round(seconds)))
+
+
+def keep(out: Path, plants: Sequence[Mapping[str, Any]], threads: int, seconds: float) -> None:
+    """Write what there is so far; a later call with the same file goes on from it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(result(plants, threads, seconds) + "\n")
+
+
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="a third of the plants is not accepted"
+    )
     parser.add_argument("--plants", nargs="+", default=["concentrated", "spread", "redundant"])
     parser.add_argument("--base-steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=200)
@@ -411,20 +427,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    started, plants = time.monotonic(), []
+    before = json.loads(args.out.read_text()) if args.out and args.out.exists() else {"plants": [], "seconds": 0}
+    started, plants = time.monotonic() - before["seconds"], before["plants"]
+    done = {(each["seed"], each["plant"]) for each in plants}
     for seed in args.seeds:
+        if not (left := [kind for kind in args.plants if (seed, kind) not in done]):
+            continue
         base = make_base(seed, args.base_steps)
-        for kind in args.plants:
+        for kind in left:
             made = one_plant(base, kind, seed, args.steps, args.prompts)
             plants.append(made)
             parts = {k: v for k, v in made.items() if k not in ("costs", "ap")}
             print(json.dumps(parts), f"{time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-            result = {"benchmark": "planted", "summary": summary(plants), "plants": plants}
-            line = json.dumps(result | conditions(threads=args.threads, seconds=round(time.monotonic() - started)))
             if args.out:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(line + "\n")
-    print(line)
+                keep(args.out, plants, args.threads, time.monotonic() - started)
+    print(result(plants, args.threads, time.monotonic() - started))
 
 
 if __name__ == "__main__":
