@@ -180,8 +180,30 @@ def test_seeds_can_be_run_apart(disk: Disk, files: dict[str, Path], finished: Pa
     assert lines(out) == left
     run(disk, files, out, strategies=("uniform",), only_seeds=(1,))
     assert {(line["strategy"], line["seed"]) for line in lines(out)[len(left) :]} == {("uniform", 1)}
-    with pytest.raises(EvaluationError, match="some of the seeds"):
+    with pytest.raises(EvaluationError, match="none of the benchmark's seeds"):
         run(disk, files, out, strategies=("uniform",), only_seeds=(7,))
+
+
+def test_a_part_of_the_work_sends_on_whom_the_whole_would(
+    disk: Disk, files: dict[str, Path], finished: Path, tmp_path: Path
+) -> None:
+    """Rivals of which one is asked for: it goes on if it is the best of all that the first seed has seen."""
+    out = tmp_path / "bench"
+    shutil.copytree(finished, out)
+    first = [line for line in lines(out) if line["seed"] == 0]
+    (out / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in first))
+    run(disk, files, out, strategies=RIVALS, finalists=1, only_seeds=(1,))
+    went_on = {line["strategy"] for line in lines(out)[len(first) :]}
+    for name in RIVALS:
+        alone = tmp_path / name
+        shutil.copytree(finished, alone)
+        (alone / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in first))
+        run(disk, files, alone, strategies=(name,), finalists=1, only_seeds=(1,))
+        assert (name in {line["strategy"] for line in lines(alone)[len(first) :]}) == (name in went_on), name
+    less = [line for line in first if line["strategy"] != "uniform"]
+    (out / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in less))
+    with pytest.raises(EvaluationError, match="decided by seed 0"):
+        run(disk, files, out, strategies=("uniform",), finalists=1, only_seeds=(1,))
 
 
 def test_seeds_share_no_test_prompt(files: dict[str, Path]) -> None:

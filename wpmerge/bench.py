@@ -34,7 +34,7 @@ from wpmerge.bench_testing import Tester
 from wpmerge.calibration import HeldOutReading, retention, search_numbers, utility
 from wpmerge.capability import Capability, load_capability
 from wpmerge.console import finite
-from wpmerge.errors import OutputError
+from wpmerge.errors import EvaluationError, OutputError
 from wpmerge.fusing import open_scored_family
 from wpmerge.judges import TestPrompt, hash_of_tests, load_prompts
 from wpmerge.models import Family
@@ -148,7 +148,8 @@ class _Run:
 
     def everything(self, subsets: Sequence[tuple[str, ...]], strategies: Sequence[str]) -> None:
         """All strategies on the first seed, then the next: an interrupted run leaves whole tables behind."""
-        for seed in self.settings.only_seeds or self.settings.seeds:
+        only = self.settings.only_seeds
+        for seed in [seed for seed in self.settings.seeds if not only or seed in only]:
             work = [
                 (subset, name)
                 for subset in subsets
@@ -164,11 +165,25 @@ class _Run:
                     self.results.append(self._strategy(subset, name, seed, own))
 
     def _those_left(self, subset: tuple[str, ...], strategies: Sequence[str], seed: int) -> Sequence[str]:
+        """The strategies to run: on a later seed, where only the best go on, those of all that the first seed has seen.
+
+        Raises:
+            EvaluationError: the first seed has not seen one that is asked for.
+        """
         first, count = self.settings.seeds[0], self.settings.finalists
         if count is None or seed == first:
             return strategies
-        tuned = {name: record.tuned for name in strategies if (record := self.results.find(subset, name, first))}
-        return finalists(tuned, rivals=list(RIVALS), always=ALWAYS, count=count)
+        tuned = {
+            name: record.tuned for (of, name, at), record in self.results.records.items() if (of, at) == (subset, first)
+        }
+        if unknown := [name for name in strategies if name not in tuned and _applies(name, subset)]:
+            raise EvaluationError(
+                f"whether a strategy goes on to seed {seed} is decided by seed {first}, which it has not run on",
+                got=f"{unknown[0]}, {'+'.join(subset)}",
+                mend=f"run seed {first} first",
+            )
+        went_on = finalists(tuned, rivals=list(RIVALS), always=ALWAYS, count=count)
+        return [name for name in strategies if name in went_on]
 
     def _read_models(self, seed: int) -> None:
         """What base and experts do on a seed's test prompts, and the replies that merges are read on."""

@@ -64,7 +64,9 @@ class BenchSettings:
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise EvaluationError("seeds must be different, and at least one", got=self.seeds)
         if unknown := set(self.only_seeds) - set(self.seeds):
-            raise EvaluationError("only_seeds are some of the seeds", got=sorted(unknown), expected=self.seeds)
+            raise EvaluationError(
+                "a seed to run now is none of the benchmark's seeds", got=sorted(unknown)[0], expected=self.seeds
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

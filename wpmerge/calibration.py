@@ -37,7 +37,7 @@ class HeldOutReading:
     Attributes:
         readout: F.
         rows: the held-out prompts.
-        base_items: each prompt's number for the base.
+        base_items: each prompt's number for the base, in memory of the CPU.
         expert_items: for its own expert; None for a retain set, which has none.
     """
 
@@ -67,7 +67,7 @@ def read_held_out(
 ) -> HeldOutReading:
     """Measure base and expert (None for a retain set) once, so that a merge is judged from its own run alone."""
     before, after = (
-        None if source is None else measure(engine, source, rows, readout).double() for source in (base, expert)
+        None if source is None else measure(engine, source, rows, readout).double().cpu() for source in (base, expert)
     )
     assert before is not None
     return HeldOutReading(readout=readout, rows=rows, base_items=before, expert_items=after)
@@ -120,7 +120,7 @@ def read_replies(
     """
     readout = reply_readout(engine, expert, rows, own)
     states, outer = final_states(engine, base, rows, own.layer), base.outer(engine.layout.output_tensors())
-    kept, before = (read_states(engine, outer, rows, each, states)[0].double() for each in (readout, own))
+    kept, before = (read_states(engine, outer, rows, each, states)[0].double().cpu() for each in (readout, own))
     after = torch.stack([each.double().mean() for each in readout.ceilings])
     check_better(float(after.mean()), float(before.mean()), name=name, prompts=prompts, mend=mend)
     return HeldOutReading(readout=readout, rows=rows, base_items=kept, expert_items=torch.ones_like(kept))

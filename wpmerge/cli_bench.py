@@ -65,6 +65,10 @@ def bench(
         list[int] | None,
         typer.Option(metavar="N", help="Of prompt splits and draws. Repeat for more. Default: 0, 1 and 2."),
     ] = None,
+    only_seed: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", help="Of the seeds, one to run now: machines can share them. Repeat for more."),
+    ] = None,
     finalists: Annotated[
         int | None,
         typer.Option(
@@ -98,6 +102,7 @@ def bench(
         "tests": tests,
         "longest": max_new_tokens,
         "seeds": tuple(seed) if seed else None,
+        "only_seeds": tuple(only_seed) if only_seed else None,
         "finalists": finalists,
         "subsets": tuple(tuple(text.split("+")) for text in subset) if subset else None,
         "strategies": tuple(strategy) if strategy else None,

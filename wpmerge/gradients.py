@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wpmerge.arch import COARSE_KINDS, KINDS, Kind, Layout
 from wpmerge.attribution import UnitArrays, empty_arrays
-from wpmerge.engine import Engine
+from wpmerge.engine import Engine, Entry
 from wpmerge.pieces import Forget, Keeper
 from wpmerge.readouts import Readout, Trace, output_gradient, read_states, trace
 from wpmerge.rows import Row
@@ -83,13 +83,13 @@ class Term:
         rows: the readout's prompts.
         readout: F_i, a number per item.
         weigh: F_i → w_i, [items] → [items]: the derivative of what is wanted with respect to each item. None: a mean.
-        part: the sum that this term belongs to.
+        total: the sum that this term belongs to.
     """
 
     rows: Sequence[Row]
     readout: Readout
     weigh: Callable[[Float[Tensor, " items"]], Float[Tensor, " items"]] | None = None
-    part: int = 0
+    total: int = 0
 
 
 def directional(
@@ -128,6 +128,7 @@ def directional_sums(
     experts: Sequence[WeightSource],
     terms: Sequence[Term],
     *,
+    totals: int = 1,
     kinds: Sequence[Kind] = KINDS,
 ) -> list[list[UnitArrays]]:
     """:func:`directional` of several sums: every layer's weights and task vectors are made once for all of them.
@@ -137,86 +138,89 @@ def directional_sums(
         point: θ, where the gradients are taken.
         base: what the task vectors Δ_e start from.
         experts: where they end.
-        terms: their readouts are read after the same layer. Terms that weigh nothing are not run backwards.
+        terms: their readouts are read after the same layer. One that weighs its items has them read once more, without
+            gradients, after the forward run; one that weighs nothing is not run backwards.
+        totals: how many sums.
         kinds: which unit kinds.
 
     Returns:
-        Sum number → for each expert a set of arrays. NaN for units above the readouts' layer, and for all units in a
-        sum whose terms weigh nothing.
+        Sum number → for each expert a set of arrays; NaN for units above the readouts' layer, zeros where no term of a
+        sum weighs anything.
     """
-    layout, last, count = engine.layout, terms[0].readout.layer, max(term.part for term in terms) + 1
+    layout, last = engine.layout, terms[0].readout.layer
     assert all(term.readout.layer == last for term in terms), "terms are read after one layer"
     run = trace(engine, point, [row for term in terms for row in term.rows], last=last)
     outer = point.outer()
-    places = _weighed(engine, outer, terms, run)
-    run = Trace(entries=[run.entries[i] for i in places], hidden=[run.hidden[i] for i in places])
-    read = list(places.values())
-    products = [[empty_arrays(layout, kinds) for _ in experts] for _ in range(count)]
-    outer_gradients: list[Weights] = [{} for _ in range(count)]
-    gradients = [
-        _outer_backward(engine, outer, each, states[-1], outer_gradients[each.part])
-        for each, states in zip(read, run.hidden, strict=True)
-    ]
-    del outer
-    for index in reversed(range(last + 1)):
+    back = _rows_back(engine, outer, terms, run)
+    found = [[empty_arrays(layout, kinds) for _ in experts] for _ in range(totals)]
+    outer_gradients: list[Weights] = [{} for _ in range(totals)]
+    gradients = [_outer_backward(engine, outer, row, outer_gradients[row.total]) for row in back]
+    del outer, run
+    for index in reversed(range(last + 1)) if back else ():
         weights = {name: value.detach().requires_grad_() for name, value in point.layer(index).items()}
-        totals: list[Weights] = [{} for _ in range(count)]
-        for number, entry in enumerate(run.entries):
+        layer_gradients: list[Weights] = [{} for _ in range(totals)]
+        for number, row in enumerate(back):
             with torch.enable_grad():
-                leaf = run.hidden[number][index].detach().requires_grad_()
-                output = engine.layer(index, weights, leaf, entry.calls[index])
-                gradients[number], *parts = torch.autograd.grad(output, [leaf, *weights.values()], gradients[number])
-            run.hidden[number].pop()
-            _collect(totals[read[number].part], dict(zip(weights, parts, strict=True)))
+                leaf = row.states[index].detach().requires_grad_()
+                output = engine.layer(index, weights, leaf, row.entry.calls[index])
+                gradients[number], *own = torch.autograd.grad(output, [leaf, *weights.values()], gradients[number])
+            row.states.pop()
+            _collect(layer_gradients[row.total], dict(zip(weights, own, strict=True)))
         before = base.layer(index)
         for place, expert in enumerate(experts):
-            own = [arrays[place] for arrays in products]
-            _add_products(layout, layout.layer_prefix(index), totals, before, expert.layer(index), own)
+            into = [arrays[place] for arrays in found]
+            _add_products(layout, layout.layer_prefix(index), layer_gradients, before, expert.layer(index), into)
     outer = point.outer()
-    for each, gradient in zip(read, gradients, strict=True):
-        _add_input_gradient(engine, outer, each.row, gradient, outer_gradients[each.part])
+    for row, gradient in zip(back, gradients, strict=True):
+        _add_input_gradient(engine, outer, row.row, gradient, outer_gradients[row.total])
     del outer
     before = base.outer()
     for place, expert in enumerate(experts):
-        own = [arrays[place] for arrays in products]
-        _add_products(layout, "", outer_gradients, before, expert.outer(), own)
-    return products
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Weighed:
-    """A row that is run backwards, and what its items count."""
-
-    row: Row
-    readout: Readout
-    weights: Float[Tensor, " items"]
-    part: int
-
-
-def _weighed(engine: Engine, outer: Weights, terms: Sequence[Term], run: Trace) -> dict[int, _Weighed]:
-    """Number of the row in the run → what its items count; without rows of terms that weigh nothing."""
-    found, start = {}, 0
-    for term in terms:
-        end = start + len(term.rows)
-        if term.weigh is None:
-            weights = torch.full((term.readout.items,), 1.0 / term.readout.items, dtype=torch.float64)
-        else:
-            states = [hidden[-1] for hidden in run.hidden[start:end]]
-            weights = term.weigh(read_states(engine, outer, term.rows, term.readout, states)[0])
-        if weights.any():
-            for number, row in enumerate(term.rows, start=start):
-                found[number] = _Weighed(row=row, readout=term.readout, weights=weights, part=term.part)
-        start = end
+        _add_products(layout, "", outer_gradients, before, expert.outer(), [arrays[place] for arrays in found])
+    for empty in set(range(totals)) - {row.total for row in back}:
+        for arrays in found[empty]:
+            for array in arrays.values():
+                array.zero_()
     return found
 
 
-def _outer_backward(
-    engine: Engine, outer: Weights, weighed: _Weighed, state: Float[Tensor, "1 T D"], total: Weights
-) -> Float[Tensor, "1 T D"]:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _RowBack:
+    """A row that is run backwards: how it entered, the residual stream after each layer, and what its items count."""
+
+    row: Row
+    entry: Entry
+    states: list[Float[Tensor, "1 _ D"]]
+    readout: Readout
+    item_weights: Float[Tensor, " items"]
+    total: int
+
+
+def _rows_back(engine: Engine, outer: Weights, terms: Sequence[Term], run: Trace) -> list[_RowBack]:
+    """The rows of all terms but those that weigh nothing."""
+    found, start = [], 0
+    for term in terms:
+        end = start + len(term.rows)
+        entries, states = run.entries[start:end], run.hidden[start:end]
+        start = end
+        if term.weigh is None:
+            weights = torch.full((term.readout.items,), 1.0 / term.readout.items, dtype=torch.float64)
+        else:
+            ends = [each[-1] for each in states]
+            weights = term.weigh(read_states(engine, outer, term.rows, term.readout, ends)[0])
+        if weights.any():
+            found += [
+                _RowBack(row=row, entry=entry, states=own, readout=term.readout, item_weights=weights, total=term.total)
+                for row, entry, own in zip(term.rows, entries, states, strict=True)
+            ]
+    return found
+
+
+def _outer_backward(engine: Engine, outer: Weights, back: _RowBack, total: Weights) -> Float[Tensor, "1 T D"]:
     """The gradient at a row's last residual stream; those of final norm and head, if read, are added to ``total``."""
-    readout, row, layout = weighed.readout, weighed.row, engine.layout
+    readout, row, state, layout = back.readout, back.row, back.states[-1], engine.layout
     if not readout.reads_output:
-        return output_gradient(engine, outer, row, readout, state, weights=weighed.weights)
+        return output_gradient(engine, outer, row, readout, state, item_weights=back.item_weights)
     body = f"{layout.arch.body}.{layout.arch.final_norm}."
     names = [name for name in outer if name.startswith((body, "lm_head.")) or name == layout.head]
     with torch.enable_grad():
@@ -224,7 +228,7 @@ def _outer_backward(
         hidden = state.detach().requires_grad_()
         found = readout.read(engine, leaves, hidden[:, readout.places(row)], row)[0]
         gradient, *parts = torch.autograd.grad(
-            (found * weighed.weights.to(found)).sum(), [hidden, *(leaves[name] for name in names)]
+            (found * back.item_weights.to(found)).sum(), [hidden, *(leaves[name] for name in names)]
         )
     _collect(total, dict(zip(names, parts, strict=True)))
     return gradient

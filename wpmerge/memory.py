@@ -122,7 +122,7 @@ def _streamed_bytes(layout: Layout, stored_bytes: int, *, gradients: bool, teach
     outer = sum(_size(layout.shapes[name]) for name in layout.outer_tensors())
     # outside the layers: two models as stored, and one matrix more while it is read or its parts are converted
     matrices = stored_bytes * (2 * outer + _size(layout.shapes[layout.head]))
-    if gradients:  # the point and its gradient, a row's gradient, the product with Δ and that in double
+    if gradients:  # the point and its gradient, a row's gradient, Δ and the product with it
         matrices, copies = matrices + 6 * FLOAT * outer, 8
     else:
         copies = 3

@@ -332,13 +332,13 @@ def output_gradient(
     readout: Readout,
     hidden: Float[Tensor, "1 T D"],
     *,
-    weights: Float[Tensor, " items"] | None = None,
+    item_weights: Float[Tensor, " items"] | None = None,
 ) -> Float[Tensor, "1 T D"]:
-    """∂(Σ weights · items)/∂hidden for the residual stream that a readout reads; without weights ∂F/∂hidden."""
+    """∂(Σ weight · item)/∂hidden for the residual stream that a readout reads; without weights ∂F/∂hidden."""
     places = readout.places(row)
     with torch.enable_grad():
         read = hidden[:, places].detach().requires_grad_()
         found = readout.read(engine, outer, read, row)[0]
-        total = found.sum() / readout.items if weights is None else (found * weights.to(found)).sum()
+        total = found.sum() / readout.items if item_weights is None else (found * item_weights.to(found)).sum()
         (gradient,) = torch.autograd.grad(total, read)
     return torch.zeros_like(hidden).index_add(1, places.to(hidden.device), gradient)

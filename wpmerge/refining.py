@@ -32,8 +32,10 @@ from wpmerge.rows import pack
 from wpmerge.weights import Weights, WeightSource
 
 TOKENS_PER_ROW = 384
-HELD_BYTES = 1 << 29
-"""Residual streams that a step holds at once, bytes; one capability's at least."""
+HALVES = 2
+"""Of a step's prompts: a step goes as far as they agree."""
+STEP_BYTES = 1 << 29
+"""Residual streams that a step holds at once, bytes; those of half of one capability's prompts at least."""
 MARGIN = 0.5
 """Share of the tolerance that a retain set may have lost on a batch before it pulls: other prompts may lose more."""
 LEAST_KEPT = 0.05
@@ -158,15 +160,16 @@ class Merging:
         found = [squared_norms(self.layout, self.grouping, self.base, expert) for expert in self.experts.values()]
         return torch.stack(found)
 
-    def slopes(self, merged: WeightSource, terms: Sequence[Term]) -> list[Float[Tensor, "E G"]]:
-        """∂/∂λ of each of the terms' sums at a merge, from one forward and one backward run; of no weight, zeros."""
+    def slopes(self, merged: WeightSource, terms: Sequence[Term]) -> Float[Tensor, "2 E G"]:
+        """∂/∂λ of each of a step's two sums at a merge, from one forward and one backward run."""
         kinds: tuple[Kind, ...] = KINDS if self.grouping.granularity == "unit" else ("tensor", *MODEL_KINDS)
-        sums = directional_sums(self.engine, merged, self.base, list(self.experts.values()), terms, kinds=kinds)
-        return [torch.stack([self._grouped(arrays).nan_to_num() for arrays in own]) for own in sums]
+        experts = list(self.experts.values())
+        sums = directional_sums(self.engine, merged, self.base, experts, terms, totals=HALVES, kinds=kinds)
+        return torch.stack([torch.stack([self._grouped(arrays) for arrays in own]) for own in sums])
 
     def _grouped(self, arrays: UnitArrays) -> Float[Tensor, " G"]:
         if self.grouping.granularity == "unit":
-            return group_scores(self.layout, self.grouping, arrays)
+            return torch.nan_to_num(group_scores(self.layout, self.grouping, arrays))
         total = torch.zeros(len(self.grouping.names), dtype=torch.float64)
         for index in range(self.layout.layers):
             for number, tensor in enumerate(self.layout.layer_tensors(index)):
@@ -213,30 +216,30 @@ def refine(
         if progress is not None:
             progress(step, settings.steps)
         merged = merging.source(together(levels, walk.parts))
-        halves = torch.zeros(2, *levels.start.shape, dtype=levels.start.dtype)
-        pairs = []
+        halves = torch.zeros(HALVES, *levels.start.shape, dtype=torch.float64)
+        terms = []
         for name, reading in prompts.items():
             taken = draws[name].take(settings.batch)
-            pairs.append([_term(reading, taken[half::2] or taken, half, settings) for half in range(2)])
-        for terms in _bounded(merging.layout, pairs):
-            halves += torch.stack(merging.slopes(merged, terms))
+            terms += [_term(reading, taken[half::HALVES] or taken, half, settings) for half in range(HALVES)]
+        for some in _together(merging, terms):
+            halves += merging.slopes(merged, some)
         walk.step((halves[0], halves[1]), step)
     if progress is not None:
         progress(settings.steps, settings.steps)
     return walk.result()
 
 
-def _bounded(layout: Layout, pairs: Sequence[Sequence[Term]]) -> list[list[Term]]:
-    """Terms that are run together: their residual streams take :data:`HELD_BYTES` at most, or are one capability's."""
+def _together(merging: Merging, terms: Sequence[Term]) -> list[list[Term]]:
+    """Terms that are run together: within :data:`STEP_BYTES`; one at a time where weights are not held."""
     found: list[list[Term]] = []
-    held = HELD_BYTES
-    for pair in pairs:
-        tokens = sum(row.tokens.numel() for term in pair for row in term.rows)
-        size = FLOAT * tokens * layout.hidden * (layout.layers + 1)
-        if held + size > HELD_BYTES:
+    held = 0
+    for term in terms:
+        tokens = sum(row.tokens.numel() for row in term.rows)
+        size = FLOAT * tokens * merging.layout.hidden * (merging.layout.layers + 1)
+        if not found or not merging.resident or held + size > STEP_BYTES:
             found.append([])
             held = 0
-        found[-1] += pair
+        found[-1].append(term)
         held += size
     return found
 
@@ -250,7 +253,7 @@ def _term(reading: HeldOutReading, items: Sequence[int], half: int, settings: Re
         weigh = partial(_weigh_retained, before=before, tolerance=settings.tolerance)
     else:
         weigh = partial(_weigh_skill, before=before, gap=float((reading.expert_items[list(items)] - before).mean()))
-    return Term(rows=pack(readout.sequences, tokens_per_row=TOKENS_PER_ROW), readout=readout, weigh=weigh, part=half)
+    return Term(rows=pack(readout.sequences, tokens_per_row=TOKENS_PER_ROW), readout=readout, weigh=weigh, total=half)
 
 
 def _weigh_skill(
@@ -273,7 +276,7 @@ def _weigh_retained(
     change = values.double().cpu() - before
     lost = float(-change.clamp_max(0.0).mean()) / tolerance
     pull = PENALTY * max(0.0, lost - MARGIN) / tolerance
-    return torch.where(change < 0.0, pull / len(before), 0.0)
+    return torch.full_like(before, pull / len(before)).masked_fill(change >= 0.0, 0.0)
 
 
 class _Walk:

@@ -176,8 +176,16 @@ def take_up(out: Path, place: Path) -> None:
 
 
 def keep(result: BenchResult, out: Path, *, resumable: bool) -> str:
-    """Copy what is kept, and return the tables; ``resumable``: also what :func:`take_up` needs."""
+    """Copy what is kept, and return the tables; ``resumable``: also what :func:`take_up` needs.
+
+    What is kept already and was not made here, or taken up, is never overwritten.
+    """
+    text = "\n\n".join(markdown(cell_table(cell)) for cell in result.cells) + "\n"
     out.mkdir(parents=True, exist_ok=True)
+    kept, made = (ResultFile(place / "results.jsonl").records for place in (out, result.out))
+    if lost := len(kept.keys() - made.keys()):
+        print(f"{out} keeps {lost} results that were not run here and is left alone; see {result.out}", file=sys.stderr)
+        return text
     for name in (*TAKEN_UP, "bench.json"):
         shutil.copy(result.out / name, out / name)
     if resumable:
@@ -185,15 +193,15 @@ def keep(result: BenchResult, out: Path, *, resumable: bool) -> str:
             if folder.exists():
                 shutil.copytree(folder, out / folder.name, dirs_exist_ok=True)
         named = out / "scores" / "scores.json"  # models as seen from the repository's root, where benchmarks are run
-        text = named.read_text(encoding="utf-8").replace(f"{ROOT}/", "").replace(f"{ROOT.parent}/", "../")
-        named.write_text(text, encoding="utf-8")
-    text = "\n\n".join(markdown(cell_table(cell)) for cell in result.cells) + "\n"
-    (out / "table.md").write_text(text, encoding="utf-8")
+        models = named.read_text(encoding="utf-8").replace(f"{ROOT}/", "").replace(f"{ROOT.parent}/", "../")
+        named.write_text(models, encoding="utf-8")
+    if result.cells:
+        (out / "table.md").write_text(text, encoding="utf-8")
     return text
 
 
 def kept_tables(out: Path, seeds: tuple[int, ...], against: str | None) -> str:
-    """The tables of what is kept, for the seeds that all of its strategies have finished.
+    """The tables of what is kept: of the first seed, and of every further seed for the strategies that went on to it.
 
     Args:
         out: holds results.jsonl.
@@ -201,16 +209,22 @@ def kept_tables(out: Path, seeds: tuple[int, ...], against: str | None) -> str:
         against: the strategy that differences are taken to; None for the best rival.
     """
     records = ResultFile(out / "results.jsonl").records
-    found = {(subset, name): None for subset, name, _ in records if name not in (BASE_MODEL, EXPERT_MODEL)}
-    tables = []
+    found = dict.fromkeys((subset, name) for subset, name, _ in records if name not in (BASE_MODEL, EXPERT_MODEL))
+    rivals = list(RIVALS) if against is None else [against]
+    texts = []
     for subset in dict.fromkeys(subset for subset, _ in found):
-        names = [name for of, name in found if of == subset]
-        for measure in get_args(Measure):
-            rivals = list(RIVALS) if against is None else [against]
-            cell = make_cell(records, subset, names, rivals=rivals, measure=measure, seeds=seeds)
-            if cell is not None:
-                tables.append(markdown(cell_table(cell)))
-    return "\n\n".join(tables)
+        tables: dict[tuple[str, ...], tuple[int, ...]] = {}  # strategies → the seeds that all of them have finished
+        for some in (seeds[:count] for count in range(1, len(seeds) + 1)):
+            if names := tuple(n for of, n in found if of == subset and all((of, n, seed) in records for seed in some)):
+                tables[names] = some
+        for names, some in tables.items():
+            cells = [
+                make_cell(records, subset, names, rivals=rivals, measure=each, seeds=some) for each in get_args(Measure)
+            ]
+            texts += [markdown(cell_table(cell)) for cell in cells if cell is not None]
+        if left := [n for of, n in found if of == subset and (of, n, seeds[0]) not in records]:
+            texts.append(f"{'+'.join(subset)}: without a first seed, and left out: {', '.join(left)}")
+    return "\n\n".join(texts)
 
 
 def headline(result: BenchResult) -> dict[str, Any]:
@@ -246,7 +260,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "merge_quality")
     parser.add_argument("--strategy", action="append", default=[], help="only this one (default: all)")
     parser.add_argument("--subset", action="append", default=[], help="only these experts, as a+b (default: all)")
-    parser.add_argument("--only-seed", type=int, action="append", default=[], help="only this one (default: all)")
+    parser.add_argument(
+        "--only-seed", type=int, action="append", default=[], choices=BenchSettings().seeds, help="only this one"
+    )
     parser.add_argument("--kept", action="store_true", help="run nothing: the tables of what OUT keeps")
     parser.add_argument("--against", help="with --kept: differences to this strategy (default: to the best rival)")
     parser.add_argument("--quick", action="store_true", help="under ten minutes: few prompts, no number to be believed")

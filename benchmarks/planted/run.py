@@ -427,7 +427,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    before = json.loads(args.out.read_text()) if args.out and args.out.exists() else {"plants": [], "seconds": 0}
+    before: dict[str, Any] = (
+        json.loads(args.out.read_text()) if args.out and args.out.exists() else {"plants": [], "seconds": 0}
+    )
     started, plants = time.monotonic() - before["seconds"], before["plants"]
     done = {(each["seed"], each["plant"]) for each in plants}
     for seed in args.seeds:
