@@ -2,10 +2,13 @@
 
     python -m benchmarks.faithfulness.run WORK [--family demo] [--out FILE]
     python -m benchmarks.faithfulness.run WORK --family smollm2 --models .family --shared ../shared/family
+    python -m benchmarks.faithfulness.run WORK --judged 24       # also the share of replies that are judged right
 
 Scores the family and proves the scores under WORK; what is there is used again. The SmolLM2 family takes fewer prompts,
-shares and random rankings. Read: areas (CPR) of transplant and revert by ranking, what `linear` is ahead by with its
-interval over prompts, rank stability and roles. The last line is JSON.
+shares and random rankings. With --judged, replies to test prompts that no score has seen are generated and judged too
+(by IFEval's checkers, by the number or the JSON object asked for), along the same curves. Read: areas (CPR) of
+transplant and revert by ranking, what `linear` is ahead by with its interval over prompts, rank stability and roles.
+The last line is JSON.
 """
 
 import argparse
@@ -17,9 +20,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.merge_quality import prompts
 from benchmarks.reporting import conditions
 from wpmerge.console import print_table
 from wpmerge.curves import SHARES
+from wpmerge.judges import load_tests
 from wpmerge.proof import proof_tables
 from wpmerge.proving import ProveSettings, prove
 from wpmerge.readings import ScoreSettings
@@ -72,8 +77,8 @@ def smollm2(args: argparse.Namespace) -> Setup:
     )
 
 
-def run(setup: Setup, work: Path) -> Mapping[str, Any]:
-    """Score and prove, unless it is done."""
+def run(setup: Setup, family: str, work: Path, judged: int) -> Mapping[str, Any]:
+    """Score and prove, unless it is done; ``judged``: test prompts per skill."""
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "scores").exists():
         score(
@@ -83,11 +88,15 @@ def run(setup: Setup, work: Path) -> Mapping[str, Any]:
             out=work / "scores",
             settings=setup.score,
         )
-    proof = work / "proof"
+    proof, tests = work / "proof", {}
+    if judged:
+        prompts.write(work / "tests")
+        proof = work / f"proof-judged-{judged}"
+        tests = {name: load_tests(work / "tests" / family / f"{name}.jsonl")[:judged] for name in setup.names}
     if proof.exists():
         found: dict[str, Any] = json.loads((proof / "proof.json").read_text())
         return {"out": str(proof), **found}
-    return prove(work / "scores", out=proof, settings=setup.prove)
+    return prove(work / "scores", out=proof, tests=tests, settings=setup.prove)
 
 
 def main() -> None:
@@ -97,11 +106,12 @@ def main() -> None:
     parser.add_argument("--family", choices=("demo", "smollm2"), default="demo")
     parser.add_argument("--models", type=Path, default=Path(".family"))
     parser.add_argument("--shared", type=Path, default=Path("../shared/family"))
+    parser.add_argument("--judged", type=int, default=0, help="test prompts per skill whose replies are judged")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    found = run({"demo": demo, "smollm2": smollm2}[args.family](args), args.work)
+    found = run({"demo": demo, "smollm2": smollm2}[args.family](args), args.family, args.work, args.judged)
     for table in proof_tables(found, found["out"]):
         print_table(table)
     result = {"benchmark": "faithfulness", "family": args.family, "proofs": found["capabilities"]}
