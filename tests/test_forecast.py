@@ -89,6 +89,8 @@ def test_fusing_depends_on_the_rule_and_the_dtype() -> None:
     ]
     assert seconds[0] > seconds[1] > seconds[2]
     assert fusing_needs(work(LLAMA2)).written == 10
+    refined, scaled = (fusing_needs(work(LLAMA2, rule=MergeRule(name=name))).memory for name in ("refine", "scaled"))
+    assert refined is not None and scaled is not None and refined > scaled  # it holds gradients
     wide = work(LLAMA2).recipe.model_copy(update={"output": Output(directory="x", dtype="float32")})
     assert fusing_needs(replace(work(LLAMA2), recipe=wide)).written == 4 * 13_015_864_320
 

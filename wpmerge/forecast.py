@@ -143,7 +143,7 @@ def scoring_needs(work: Workload) -> Needs:
     estimates = len(recipe.experts) + len(settings.estimator) * len(settings.direction)
     limit = byte_size("scoring.max_memory", settings.max_memory) if settings.max_memory else None
     return Needs(
-        memory=limit or _memory(work, work.models),
+        memory=limit or _memory(work, work.models, gradients="integrated" in settings.estimator),
         written=4 * arrays * len(work.capabilities) * len(settings.readout) * estimates,
         seconds=max(LEAST_SECONDS, seconds * work.billions),
     )
@@ -165,7 +165,9 @@ def fusing_needs(work: Workload) -> Needs:
     wanted = work.recipe.output.dtype
     written = work.nbytes if wanted is None else int(work.billions * BILLION) * sizes[wanted]
     return Needs(
-        memory=_memory(work, work.models + 1), written=written, seconds=max(LEAST_SECONDS, seconds * work.billions)
+        memory=_memory(work, work.models + 1, gradients=rule.name == "refine"),
+        written=written,
+        seconds=max(LEAST_SECONDS, seconds * work.billions),
     )
 
 
@@ -181,7 +183,7 @@ def judging_needs(work: Workload, judging: Judging) -> Needs:
     return Needs(memory=memory, seconds=seconds)
 
 
-def _memory(work: Workload, models: int) -> int:
+def _memory(work: Workload, models: int, *, gradients: bool) -> int:
     """Resident, or with weights streamed, a model's worth of them held where a merge is formed."""
     settings = work.recipe.scoring
     least = least_memory(
@@ -189,7 +191,7 @@ def _memory(work: Workload, models: int) -> int:
         models,
         resident=not work.recipe.stream,
         stored_bytes=work.stored,
-        gradients="integrated" in settings.estimator,
+        gradients=gradients,
         teacher=not {"divergence", "auto"}.isdisjoint(settings.readout),
     )
     return resident_bytes() + least + min(HELD_BYTES, resident_weights(work.layout, 1))
