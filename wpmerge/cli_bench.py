@@ -67,7 +67,10 @@ def bench(
     ] = None,
     only_seed: Annotated[
         list[int] | None,
-        typer.Option(metavar="N", help="Of the seeds, one to run now: machines can share them. Repeat for more."),
+        typer.Option(
+            metavar="N",
+            help="Of the seeds, one to run now, so that machines can share them. Repeat for more. Default: all.",
+        ),
     ] = None,
     finalists: Annotated[
         int | None,
