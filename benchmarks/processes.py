@@ -14,9 +14,7 @@ def measure(command: list[str], log: Path, environment: Mapping[str, str] | None
     Memory is read from /proc while it runs: what wait4 gives includes this process, from before the exec.
     """
     os.sync()
-    bytecode = {
-        "PYTHONDONTWRITEBYTECODE": ""
-    }  # kept from one start to the next, as it is for whoever installed a package
+    bytecode = {"PYTHONDONTWRITEBYTECODE": ""}  # it stays from start to start, as for whoever installed a package
     environment = os.environ | {"HF_HUB_OFFLINE": "1"} | bytecode | dict(environment or {})
     began = time.perf_counter()
     with log.open("w") as file:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +125,23 @@ def test_a_rerun_does_only_what_is_missing(disk: Disk, files: dict[str, Path], f
     assert timeless((finished / "results.jsonl").read_bytes()) == timeless(before)
 
 
+def begun(finished: Path, out: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """A benchmark of which some lines are there, and these lines."""
+    shutil.copytree(finished, out)
+    kept = [line for line in lines(out) if keep(line)]
+    (out / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    return kept
+
+
+def of_first_seed(line: dict[str, Any]) -> bool:
+    return bool(line["seed"] == 0)
+
+
 def test_only_the_best_go_on_to_further_seeds(
     disk: Disk, files: dict[str, Path], finished: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "bench"
-    shutil.copytree(finished, out)
-    first = [line for line in lines(out) if line["seed"] == 0]
-    (out / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in first))
+    first = begun(finished, out, of_first_seed)
     names = (*RIVALS, *ALONE, "fuse:select/shuffled", "fuse:select/norm")
     found = run(disk, files, out, strategies=names, finalists=1)
     _, on_first, _, on_both = found.cells  # the others are of replies, of which none is right
@@ -173,9 +184,7 @@ def test_a_rule_joins_with_one_entry(
 
 def test_seeds_can_be_run_apart(disk: Disk, files: dict[str, Path], finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "bench"
-    shutil.copytree(finished, out)
-    left = [line for line in lines(out) if (line["strategy"], line["seed"]) != ("uniform", 1)]
-    (out / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in left))
+    left = begun(finished, out, lambda line: (line["strategy"], line["seed"]) != ("uniform", 1))
     run(disk, files, out, strategies=("uniform",), only_seeds=(0,))
     assert lines(out) == left
     run(disk, files, out, strategies=("uniform",), only_seeds=(1,))
@@ -189,19 +198,16 @@ def test_a_part_of_the_work_sends_on_whom_the_whole_would(
 ) -> None:
     """Rivals of which one is asked for: it goes on if it is the best of all that the first seed has seen."""
     out = tmp_path / "bench"
-    shutil.copytree(finished, out)
-    first = [line for line in lines(out) if line["seed"] == 0]
-    (out / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in first))
+    first = begun(finished, out, of_first_seed)
     run(disk, files, out, strategies=RIVALS, finalists=1, only_seeds=(1,))
     went_on = {line["strategy"] for line in lines(out)[len(first) :]}
     for name in RIVALS:
         alone = tmp_path / name
-        shutil.copytree(finished, alone)
-        (alone / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in first))
+        begun(finished, alone, of_first_seed)
         run(disk, files, alone, strategies=(name,), finalists=1, only_seeds=(1,))
         assert (name in {line["strategy"] for line in lines(alone)[len(first) :]}) == (name in went_on), name
-    less = [line for line in first if line["strategy"] != "uniform"]
-    (out / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in less))
+    out = tmp_path / "unseen"
+    begun(finished, out, lambda line: of_first_seed(line) and line["strategy"] != "uniform")
     with pytest.raises(EvaluationError, match="decided by seed 0"):
         run(disk, files, out, strategies=("uniform",), finalists=1, only_seeds=(1,))
 

@@ -203,7 +203,7 @@ def fuse(
         floor: of select: what the rest gets, as a share of the scale, 0 to 1.
         max_coefficient: largest coefficient, 0 to 10.
         mu: of joint: what leaving the scales costs.
-        steps: of refine, each two forward and backward runs per capability.
+        steps: of refine, each a forward and backward run over its prompts.
         batch: of refine: prompts per capability and step.
         ridge: of refine: pull back to the start at each step, as a share, 0 to 1.
         calibrate: choose the rule's own numbers on held-out prompts too.

@@ -55,7 +55,7 @@ def fuse(
         typer.Option(
             metavar="N",
             min=options.LEAST["steps"],
-            help="Of refine: steps, each two forward and backward runs per capability.",
+            help="Of refine: steps, each a forward and backward run over its prompts.",
         ),
     ] = 16,
     batch: Annotated[

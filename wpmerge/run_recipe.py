@@ -98,7 +98,7 @@ class MergeRule(_Section):
     mu: float = 1.0
     """Of joint: what leaving the scales costs."""
     steps: Annotated[int, _least("steps")] = 16
-    """Of refine: steps, each two forward and backward runs per capability."""
+    """Of refine: steps, each a forward and backward run over its prompts."""
     batch: Annotated[int, _least("batch")] = 8
     """Of refine: prompts per capability and step."""
     ridge: float = 0.0

@@ -13,6 +13,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -175,7 +176,7 @@ def take_up(out: Path, place: Path) -> None:
         shutil.copy(out / name, place / "bench" / name)
 
 
-def keep(result: BenchResult, out: Path, *, resumable: bool) -> str:
+def keep(result: BenchResult, out: Path, summary: Mapping[str, Any], *, resumable: bool) -> str:
     """Copy what is kept, and return the tables; ``resumable``: also what :func:`take_up` needs.
 
     What is kept already and was not made here, or taken up, is never overwritten.
@@ -188,6 +189,7 @@ def keep(result: BenchResult, out: Path, *, resumable: bool) -> str:
         return text
     for name in (*TAKEN_UP, "bench.json"):
         shutil.copy(result.out / name, out / name)
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     if resumable:
         for folder in (result.out.parent / "scores", result.out / "replies", result.out / "plans"):
             if folder.exists():
@@ -287,11 +289,10 @@ def main() -> None:
             seeds=tuple(arguments.only_seed),
             quick=arguments.quick,
         )
-        print(keep(result, out, resumable=name == "smollm2" and not arguments.quick))
         spent = round(time.monotonic() - began)
         last[name] = {"subsets": headline(result), "seconds of this call": spent}
-        kept = conditions(threads=torch.get_num_threads(), **last[name])
-        (out / "summary.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        summary = conditions(threads=torch.get_num_threads(), **last[name])
+        print(keep(result, out, summary, resumable=name == "smollm2" and not arguments.quick))
     if not arguments.kept:
         print(json.dumps(conditions(threads=torch.get_num_threads(), families=last)))
 

@@ -417,7 +417,7 @@ def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="a third of the plants is not accepted"
+        "--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="about half of the plants are accepted"
     )
     parser.add_argument("--plants", nargs="+", default=["concentrated", "spread", "redundant"])
     parser.add_argument("--base-steps", type=int, default=400)
