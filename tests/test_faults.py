@@ -110,8 +110,10 @@ print(json.dumps({"died": died, "resumed": resumed, "duration": duration}))
 """
 
 
-@pytest.mark.parametrize("path", ["plain", "compiled"])
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("task_arithmetic", "array"), ("task_arithmetic", "compiled"), ("ties", "torch"), ("ties", "compiled")],
+)
 def test_killed_at_random_moments(tmp_path, method, path):
     """The output is absent or complete, a rerun resumes, gives the same bytes, and leaves no strays."""
     made = family(tmp_path / "models")
@@ -140,9 +142,11 @@ def disk(tmp_path):
     subprocess.run(["umount", str(place)], check=True)
 
 
-@pytest.fixture(params=["plain", "compiled"])
+@pytest.fixture(params=["torch", "array", "compiled"])
 def loops(request, monkeypatch):
-    """Merges in plain tensor operations, and by compiled loops, which are otherwise for large merges alone."""
+    """Merges in torch, in NumPy, and by compiled loops, which are otherwise for large merges alone."""
+    if request.param == "torch":
+        monkeypatch.setattr("wpmerge.streaming.load_kernels", lambda jobs: None)
     if request.param == "compiled":
         monkeypatch.setattr("wpmerge.fused.WORTH_COMPILING", 0)
 

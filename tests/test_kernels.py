@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import wpmerge.fused
 import wpmerge.jobs
 import wpmerge.trims
-from wpmerge import kernels
+from wpmerge import array_kernels, kernels
 from wpmerge.blocks import TensorMerge
 from wpmerge.checkpoint import open_checkpoint
 from wpmerge.checksum import KEYS, PERIOD, Checksum, checksum, odd_numbers
@@ -57,9 +57,9 @@ def by_plain(made, shape):
     return out.view(torch.int16).tolist()
 
 
-def by_loops(job, file, step):
-    """The same by compiled loops, ``step`` elements at a time; the plain way where they give up."""
-    made, numel, total = FusedMerge(job, Workspace(), kernels), math.prod(job.output.shape), Checksum()
+def by_loops(job, file, step, loops=kernels):
+    """The same by compiled loops, or those in NumPy, ``step`` elements at a time; the plain way where they give up."""
+    made, numel, total = FusedMerge(job, Workspace(), loops), math.prod(job.output.shape), Checksum()
     file.write_bytes(bytes(24))  # what stands before the tensor
     descriptor = os.open(file, os.O_RDWR)
     try:
@@ -90,6 +90,7 @@ def by_loops(job, file, step):
     zeros=st.booleans(),
     block=st.sampled_from([8, 1000, 2**18]),
     sample=st.sampled_from([512, 2048]),
+    tile=st.sampled_from([64, 2**15]),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=150, deadline=None)
@@ -107,6 +108,7 @@ def test_fused_is_plain(
     zeros,
     block,
     sample,
+    tile,
     seed,
 ):
     generator = torch.Generator().manual_seed(seed)
@@ -133,6 +135,9 @@ def test_fused_is_plain(
         plain = by_plain(TensorMerge(job, Workspace()), shape)
         file, step = tmp_path_factory.mktemp("out") / "x", block if method == "task_arithmetic" else 2**20
         assert by_loops(job, file, step) == plain
+        if method == "task_arithmetic":
+            patch.setattr(array_kernels, "TILE", tile)
+            assert by_loops(job, file, step, array_kernels) == plain
 
 
 def test_no_product_is_fused_with_a_sum(tmp_path):
@@ -141,7 +146,8 @@ def test_no_product_is_fused_with_a_sum(tmp_path):
     number = 1 + 2.0**-20
     models = opened(tmp_path, [torch.zeros(1).bfloat16(), term, term])
     job = job_of(models, [Factor.of(number), Factor.of(-number)])
-    assert by_loops(job, tmp_path / "x", 8) == [0]
+    for loops in (kernels, array_kernels):
+        assert by_loops(job, tmp_path / "x", 8, loops) == [0]
 
 
 def test_a_file_that_shrinks_is_refused(tmp_path, monkeypatch):
@@ -200,7 +206,9 @@ def test_what_cannot_be_written_is_left_to_the_plain_way(tmp_path, method):
     job = job_of(models, [Factor.of(2.0)], method=method, densities=[0.5])
     (tmp_path / "x").touch()
     with (tmp_path / "x").open("rb") as file:
-        assert FusedMerge(job, Workspace(), kernels).write(0, 400, Place(descriptor=file.fileno(), offset=0)) is None
+        place = Place(descriptor=file.fileno(), offset=0)
+        for loops in (kernels, array_kernels) if method == "task_arithmetic" else (kernels,):
+            assert FusedMerge(job, Workspace(), loops).write(0, 400, place) is None
 
 
 def family(place, shape=(300, 70)):
@@ -308,10 +316,13 @@ def two_expert_recipe(file, models, method):
     return file
 
 
-def test_small_merges_do_not_import_numba(tmp_path):
+@pytest.mark.parametrize(("method", "expected"), [("task_arithmetic", set()), ("ties", {"torch"})])
+def test_small_merges_import_neither_numba_nor_torch_without_need(tmp_path, method, expected):
     models, _ = family(tmp_path)
-    recipe = two_expert_recipe(tmp_path / "recipe.yml", models, "task_arithmetic")
-    assert imported_by_a_merge(tmp_path / "out", recipe, wpmerge.fused.WORTH_COMPILING) == {"torch"}
+    recipe, out = two_expert_recipe(tmp_path / "recipe.yml", models, method), tmp_path / "out"
+    assert imported_by_a_merge(out, recipe, wpmerge.fused.WORTH_COMPILING) == expected
+    merge_recipe(recipe, tmp_path / "again", allow_nan=True)  # torch alone
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
@@ -333,7 +344,7 @@ def test_machine_code_that_cannot_be_kept_is_used_all_the_same(tmp_path):
     """The kernel's limit on a file's size stands for a full disk."""
     program = """
 import resource, signal
-from wpmerge import kernels
+from wpmerge import array_kernels, kernels
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1, 1))
 kernels.prepare(ties=False)
@@ -350,5 +361,6 @@ def test_without_numba_a_large_merge_says_so_and_goes_on(tmp_path, monkeypatch, 
     monkeypatch.delattr("wpmerge.kernels")
     models = opened(tmp_path, [torch.zeros(4).bfloat16(), torch.ones(4).bfloat16()])
     job = job_of(models, [Factor.of(2.0)])
-    assert wpmerge.fused.load_kernels([job]) is None
+    assert wpmerge.fused.load_kernels([job]) is array_kernels
+    assert wpmerge.fused.load_kernels([job, job_of(models, [Factor.of(2.0)], method="ties")]) is None
     assert "numba cannot be used" in caplog.text

@@ -37,15 +37,7 @@ class Checksum:
 
     def add_bytes(self, start: int, data: NDArray[np.uint8]) -> None:
         """The same, of the block's bytes."""
-        if start % 8:
-            raise ValueError(f"a block begins at byte {start}, which is no multiple of 8")
-        whole = len(data) // 8 * 8
-        total = _total(start // 8, data[:whole].view(np.uint64))
-        if whole < len(data):
-            tail = np.zeros(8, np.uint8)
-            tail[: len(data) - whole] = data[whole:]
-            total += _total((start + whole) // 8, tail.view(np.uint64))
-        self.add_part(total)
+        self.add_part(part_of_checksum(start, data))
 
     def add_part(self, total: int) -> None:
         """Take in what some part of the tensor adds to the sum."""
@@ -55,6 +47,19 @@ class Checksum:
     def text(self) -> str:
         """``dot64:`` and 16 hexadecimal digits."""
         return f"dot64:{self._total:016x}"
+
+
+def part_of_checksum(start: int, data: NDArray[np.uint8]) -> int:
+    """What some bytes add to a tensor's sum, from byte ``start`` on, a multiple of 8."""
+    if start % 8:
+        raise ValueError(f"a block begins at byte {start}, which is no multiple of 8")
+    whole = len(data) // 8 * 8
+    total = _total(start // 8, data[:whole].view(np.uint64))
+    if whole < len(data):
+        tail = np.zeros(8, np.uint8)
+        tail[: len(data) - whole] = data[whole:]
+        total += _total((start + whole) // 8, tail.view(np.uint64))
+    return total & _MASK64
 
 
 def checksum(tensor: Shaped[Tensor, "..."]) -> str:

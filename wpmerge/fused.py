@@ -1,8 +1,11 @@
-"""Large merges of bfloat16 into bfloat16 by compiled loops: what :mod:`wpmerge.blocks` computes, in one pass.
+"""Merges of bfloat16 into bfloat16 without torch: what :mod:`wpmerge.blocks` computes, in one pass.
+
+Large ones by compiled loops (:mod:`wpmerge.kernels`), small ones of task arithmetic in NumPy
+(:mod:`wpmerge.array_kernels`): importing torch takes longer than half a billion weights.
 
 :class:`FusedMerge` makes the same bits as :class:`~wpmerge.blocks.TensorMerge`, for the jobs that :func:`can_fuse`
 names. Anything that is not finite is left to the latter, which knows how to say whose fault it is, and is imported only
-then: a merge that goes well does without torch, whose import takes longer than half a billion weights.
+then.
 """
 
 from __future__ import annotations
@@ -10,11 +13,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wpmerge import array_kernels
+from wpmerge.array_kernels import LARGEST_BFLOAT16
 from wpmerge.checkpoint import Checkpoint
 from wpmerge.checksum import KEYS, odd_numbers
 from wpmerge.dtypes import Dtype
@@ -34,9 +39,8 @@ WORTH_COMPILING = 2**29  # weights of experts from which on the loops save more 
 
 
 class Kernels(Protocol):
-    """The functions of :mod:`wpmerge.kernels` that are used from outside it."""
+    """What is used of :mod:`wpmerge.kernels`; :mod:`wpmerge.array_kernels` has the first function alone."""
 
-    LARGEST_BFLOAT16: int
     TILE: int
 
     def write_add_weighted(self, *arguments: object) -> int: ...
@@ -45,7 +49,7 @@ class Kernels(Protocol):
 
 
 def can_fuse(job: Job) -> bool:
-    """Whether the compiled loops know this job: task arithmetic or TIES, all of it bfloat16 in safetensors files."""
+    """Whether this job can be made without torch: task arithmetic or TIES, all of it bfloat16 in safetensors files."""
     if job.base is None or not job.terms or job.parity is not None or job.method not in ("task_arithmetic", "ties"):
         return False
     sources = [job.base, *((term.checkpoint, term.tensor) for term in job.terms)]
@@ -57,17 +61,22 @@ def can_fuse(job: Job) -> bool:
 
 
 def load_kernels(jobs: Sequence[Job]) -> Kernels | None:
-    """The compiled loops, where some jobs can use them and are large enough to pay for loading them."""
+    """The compiled loops, where some jobs can use them and are large enough to pay for loading them.
+
+    Else those in NumPy, where they serve for the whole merge. None: torch makes it all.
+    """
     usable = [job for job in jobs if can_fuse(job)]
-    if sum(math.prod(job.output.shape) * len(job.terms) for job in usable) < WORTH_COMPILING:
+    if sum(math.prod(job.output.shape) * len(job.terms) for job in usable) >= WORTH_COMPILING:
+        try:
+            from wpmerge import kernels
+        except ImportError as error:
+            logger.warning("numba cannot be used, so this merge takes longer: %s", error)
+        else:
+            kernels.prepare(ties=any(job.method == "ties" for job in usable))
+            return kernels
+    if len(usable) < len(jobs) or any(job.method == "ties" for job in usable):
         return None
-    try:
-        from wpmerge import kernels
-    except ImportError as error:
-        logger.warning("numba cannot be used, so this merge takes longer: %s", error)
-        return None
-    kernels.prepare(ties=any(job.method == "ties" for job in usable))
-    return kernels
+    return cast("Kernels", array_kernels)
 
 
 class FusedMerge:
@@ -112,7 +121,7 @@ class FusedMerge:
             worst = self._kernels.write_elect(*inputs, *output, *self._state(), job.normalize)
         else:
             worst = self._kernels.write_add_weighted(*inputs, *output)
-        return int(total[0]) if worst <= self._kernels.LARGEST_BFLOAT16 else None
+        return int(total[0]) if worst <= LARGEST_BFLOAT16 else None
 
     @property
     def plain(self) -> TensorMerge:

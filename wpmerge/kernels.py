@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 
+from wpmerge.array_kernels import LARGEST_BFLOAT16, UNREADABLE, UNWRITABLE
+
 CHUNK = 2048  # elements that go through all steps together: their float32 values stay in the level-1 cache
 TILE = 2**16  # elements of each input that are read at a time: a few of these fit in the level-2 cache
-UNREADABLE, UNWRITABLE = 0xFFFFFFFF, 0xFFFFFFFE
-LARGEST_BFLOAT16 = 0x7F7F7FFF  # bits of the largest float32 that rounds to a finite bfloat16
 
 _LOW, _SIGN, _MAGNITUDE = np.uint32(0x7FFF), np.uint32(0x80000000), np.uint32(0x7FFFFFFF)
 _HALF, _ONE = np.uint32(16), np.uint32(1)
