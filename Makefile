@@ -7,6 +7,8 @@ SHARED ?= ../shared
 # Most of what is installed is never imported: bytecode is written at the first import, even where a shell says otherwise,
 # or every process would compile anew. A new pip resolves in a third.
 export PYTHONDONTWRITEBYTECODE :=
+# What does not wait for one another goes side by side: type checks while the real family is built, say.
+MAKEFLAGS += --jobs=2
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: demo test soak lint format clean
