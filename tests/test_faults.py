@@ -144,11 +144,12 @@ def disk(tmp_path):
 
 @pytest.fixture(params=["torch", "array", "compiled"])
 def loops(request, monkeypatch):
-    """Merges in torch, in NumPy, and by compiled loops, which are otherwise for large merges alone."""
+    """Merges in torch, in NumPy (task arithmetic), and by compiled loops, which are otherwise for large merges alone."""
     if request.param == "torch":
         monkeypatch.setattr("wpmerge.streaming.load_kernels", lambda jobs: None)
     if request.param == "compiled":
         monkeypatch.setattr("wpmerge.fused.WORTH_COMPILING", 0)
+    return request.param
 
 
 @pytest.mark.usefixtures("loops")
@@ -342,8 +343,7 @@ def mutate(raw, chance):
     return bytes(raw)
 
 
-@pytest.mark.usefixtures("loops")
-def test_random_bytes_never_crash(tmp_path, monkeypatch):
+def test_random_bytes_never_crash(tmp_path, monkeypatch, loops):
     """Headers, indexes, configurations, tokenizers and recipes, mutated: an error that names the fault, or a merge."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
@@ -354,7 +354,8 @@ def test_random_bytes_never_crash(tmp_path, monkeypatch):
         "base": write_checkpoint(tmp_path / "base", random_weights(0, shapes), config=config),
         "e0": write_checkpoint(tmp_path / "e0", random_weights(1, shapes), config=config, shards=2),
     }
-    recipe = write_recipe(tmp_path / "r.yml", made, "ties", dtype="float32", parameters={"lambda": 1.5})
+    method = "task_arithmetic" if loops == "array" else "ties"
+    recipe = write_recipe(tmp_path / "r.yml", made, method, dtype="float32", parameters={"lambda": 1.5})
     files = [
         recipe, recipe, made["base"] / "model.safetensors", made["e0"] / "model-00001-of-00002.safetensors",
         made["e0"] / "model.safetensors.index.json", made["e0"] / "config.json", made["e0"] / "tokenizer.json",
