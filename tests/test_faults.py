@@ -144,7 +144,7 @@ def disk(tmp_path):
 
 @pytest.fixture(params=["torch", "array", "compiled"])
 def loops(request, monkeypatch):
-    """Merges in torch, in NumPy (task arithmetic), and by compiled loops, which are otherwise for large merges alone."""
+    """Merges in torch, in NumPy (task arithmetic), and by compiled loops (otherwise for large merges alone)."""
     if request.param == "torch":
         monkeypatch.setattr("wpmerge.streaming.load_kernels", lambda jobs: None)
     if request.param == "compiled":
