@@ -7,8 +7,11 @@ SHARED ?= ../shared
 # Most of what is installed is never imported: bytecode is written at the first import, even where a shell says otherwise,
 # or every process would compile anew. A new pip resolves in a third.
 export PYTHONDONTWRITEBYTECODE :=
-# What does not wait for one another goes side by side: type checks while the real family is built, say.
+# What does not wait for one another goes side by side: type checks while the real family is built, say. What changes
+# files does not.
+ifeq ($(filter clean format,$(MAKECMDGOALS)),)
 MAKEFLAGS += --jobs=2
+endif
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: demo test soak lint format clean

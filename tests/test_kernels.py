@@ -93,7 +93,7 @@ def by_loops(job, file, step, loops=kernels):
     tile=st.sampled_from([64, 2**15]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_fused_is_plain(
     tmp_path_factory,
     method,
@@ -150,8 +150,13 @@ def test_no_product_is_fused_with_a_sum(tmp_path):
         assert by_loops(job, tmp_path / "x", 8, loops) == [0]
 
 
-def test_a_file_that_shrinks_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(wpmerge.fused, "WORTH_COMPILING", 0)
+NUMPY, COMPILED = 2**60, 0
+"""WORTH_COMPILING that lets a merge of task arithmetic run in NumPy, or in compiled loops."""
+
+
+@pytest.mark.parametrize("worth", [NUMPY, COMPILED])
+def test_a_file_that_shrinks_is_refused(tmp_path, monkeypatch, worth):
+    monkeypatch.setattr(wpmerge.fused, "WORTH_COMPILING", worth)
     models = opened(tmp_path, [torch.zeros(400).bfloat16(), torch.ones(400).bfloat16()])
     file = tmp_path / "1" / "model.safetensors"
     os.truncate(file, file.stat().st_size - 100)
@@ -247,20 +252,25 @@ def test_merges_on_disk_are_the_same_with_any_threads(tmp_path, monkeypatch, met
     ]
     shards = layout_shards([job.output for job in jobs], 10**5)
     found = []
-    for worth, threads in [(2**60, 1), (0, 1), (0, 4)]:
-        monkeypatch.setattr(wpmerge.fused, "WORTH_COMPILING", worth)
-        out = tmp_path / f"{worth}-{threads}"
-        out.mkdir()
-        checksums = merge_jobs(jobs, shards, out, threads=threads)
+    for number, (worth, threads) in enumerate([(None, 1), (NUMPY, 1), (NUMPY, 4), (COMPILED, 1), (COMPILED, 4)]):
+        with monkeypatch.context() as patch:
+            if worth is None:
+                patch.setattr("wpmerge.streaming.load_kernels", lambda jobs: None)  # torch
+            else:
+                patch.setattr(wpmerge.fused, "WORTH_COMPILING", worth)
+            out = tmp_path / str(number)
+            out.mkdir()
+            checksums = merge_jobs(jobs, shards, out, threads=threads)
         found.append((checksums, [(out / shard.name).read_bytes() for shard in shards]))
-    assert found[0] == found[1] == found[2]
+    assert all(each == found[0] for each in found)
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
 @pytest.mark.parametrize("culprit", [0, 1])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_refused_by_name(tmp_path, monkeypatch, method, culprit, value):
-    monkeypatch.setattr(wpmerge.fused, "WORTH_COMPILING", 0)
+@pytest.mark.parametrize("worth", [NUMPY, COMPILED])
+def test_what_is_not_finite_is_refused_by_name(tmp_path, monkeypatch, method, culprit, value, worth):
+    monkeypatch.setattr(wpmerge.fused, "WORTH_COMPILING", worth)
     tensors = [torch.zeros(30, 20).bfloat16(), torch.ones(30, 20).bfloat16()]
     tensors[culprit][13, 7] = value
     models = opened(tmp_path, tensors)
@@ -271,13 +281,35 @@ def test_what_is_not_finite_is_refused_by_name(tmp_path, monkeypatch, method, cu
     assert caught.value.where == f"x in {tmp_path / str(culprit) / 'model.safetensors'}"
 
 
-def test_overflow_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(wpmerge.fused, "WORTH_COMPILING", 0)
+@pytest.mark.parametrize("worth", [NUMPY, COMPILED])
+def test_overflow_is_refused(tmp_path, monkeypatch, worth):
+    monkeypatch.setattr(wpmerge.fused, "WORTH_COMPILING", worth)
     models = opened(tmp_path, [torch.zeros(4).bfloat16(), torch.full((4,), 3e38).bfloat16()])
     job = job_of(models, [Factor.of(2.0)])
     (tmp_path / "out").mkdir()
     with pytest.raises(RecipeError, match="overflows bfloat16"):
         merge_jobs([job], layout_shards([job.output], 10**9), tmp_path / "out")
+
+
+def test_numpy_serves_where_it_serves_for_the_whole_merge(tmp_path):
+    half = torch.ones(4, 4).bfloat16()
+    models = opened(tmp_path, [half, half, half.float()])
+    one = job_of(models[:2], [Factor.of(1.0)])
+    ties, mixed = job_of(models[:2], [Factor.of(1.0)], method="ties"), job_of([models[0], models[2]], [Factor.of(1.0)])
+    assert wpmerge.fused.load_kernels([one, one]) is array_kernels
+    for other in (ties, mixed):
+        assert wpmerge.fused.load_kernels([one, other]) is None
+
+
+@pytest.mark.parametrize("shape", [(4, 300, 7), (3, 2, 40_000), (70_000,)])
+def test_coefficients_along_any_axis_in_numpy(tmp_path, shape):
+    """Runs of one coefficient that begin before a tile and end after it, and vectors longer than one."""
+    generator = torch.Generator().manual_seed(0)
+    models = opened(tmp_path, [torch.randn(shape, generator=generator).bfloat16() for _ in range(3)])
+    for axis in range(len(shape)):
+        values = torch.rand(shape[axis], generator=generator).numpy()
+        job = job_of(models, [Factor(values=values, axis=axis), Factor.of(0.5)])
+        assert by_loops(job, tmp_path / "x", 2**20, array_kernels) == by_plain(TensorMerge(job, Workspace()), shape)
 
 
 def test_only_jobs_that_are_bfloat16_throughout_are_fused(tmp_path):
@@ -317,17 +349,19 @@ def two_expert_recipe(file, models, method):
 
 
 @pytest.mark.parametrize(("method", "expected"), [("task_arithmetic", set()), ("ties", {"torch"})])
-def test_small_merges_import_neither_numba_nor_torch_without_need(tmp_path, method, expected):
+def test_small_merges_import_neither_numba_nor_torch_without_need(tmp_path, monkeypatch, method, expected):
     models, _ = family(tmp_path)
     recipe, out = two_expert_recipe(tmp_path / "recipe.yml", models, method), tmp_path / "out"
     assert imported_by_a_merge(out, recipe, wpmerge.fused.WORTH_COMPILING) == expected
-    merge_recipe(recipe, tmp_path / "again", allow_nan=True)  # torch alone
-    assert (out / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
+    monkeypatch.setattr("wpmerge.streaming.load_kernels", lambda jobs: None)
+    merge_recipe(recipe, tmp_path / "plain")
+    for file in ("model.safetensors", "merge.json"):
+        assert (out / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
 @pytest.mark.parametrize("threads", ["1", "2"])
-def test_compiled_merges_do_not_import_torch(tmp_path, method, threads):
+def test_compiled_merges_do_not_import_torch(tmp_path, monkeypatch, method, threads):
     """A small tensor, whose magnitudes are all held, and one of which TIES takes a sample."""
     generator = torch.Generator().manual_seed(0)
     names = {"a": (300, 70), "b": (400, 300)}
@@ -335,6 +369,7 @@ def test_compiled_merges_do_not_import_torch(tmp_path, method, threads):
     models = [open_checkpoint(write_checkpoint(tmp_path / str(i), t)) for i, t in enumerate(tensors)]
     recipe, out = two_expert_recipe(tmp_path / "recipe.yml", models, method), tmp_path / "out"
     assert imported_by_a_merge(out, recipe, 0, "--threads", threads) == {"numba"}
+    monkeypatch.setattr("wpmerge.streaming.load_kernels", lambda jobs: None)
     merge_recipe(recipe, tmp_path / "plain")
     for file in ("model.safetensors", "merge.json"):
         assert (out / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
@@ -344,7 +379,7 @@ def test_machine_code_that_cannot_be_kept_is_used_all_the_same(tmp_path):
     """The kernel's limit on a file's size stands for a full disk."""
     program = """
 import resource, signal
-from wpmerge import array_kernels, kernels
+from wpmerge import kernels
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1, 1))
 kernels.prepare(ties=False)
@@ -361,6 +396,5 @@ def test_without_numba_a_large_merge_says_so_and_goes_on(tmp_path, monkeypatch, 
     monkeypatch.delattr("wpmerge.kernels")
     models = opened(tmp_path, [torch.zeros(4).bfloat16(), torch.ones(4).bfloat16()])
     job = job_of(models, [Factor.of(2.0)])
-    assert wpmerge.fused.load_kernels([job]) is array_kernels
-    assert wpmerge.fused.load_kernels([job, job_of(models, [Factor.of(2.0)], method="ties")]) is None
+    assert wpmerge.fused.load_kernels([job]) is None
     assert "numba cannot be used" in caplog.text

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from wpmerge.checksum import part_of_checksum
 
 TILE = 2**15  # elements worked on together: a few float32 arrays of them stay in the level-2 cache
+# wpmerge.kernels compiles these in and keeps the code: who changes one touches that file too.
 LARGEST_BFLOAT16 = 0x7F7F7FFF  # bits of the largest float32 that rounds to a finite bfloat16
 UNREADABLE, UNWRITABLE = 0xFFFFFFFF, 0xFFFFFFFE
 
@@ -47,7 +48,7 @@ def write_add_weighted(
             return UNREADABLE
         b, m, d = base[:n], merged[:n], delta[:n]
         _widen(stored[0, :n], b)
-        with np.errstate(over="ignore", invalid="ignore"):  # seen in the result
+        with np.errstate(all="ignore"):  # seen in the result
             for k in range(len(size)):
                 term = d if k else m
                 _widen(stored[1 + k, :n], term)
@@ -108,6 +109,9 @@ def _factor(values: Numbers, inner: int, low: int, n: int) -> Numbers:
     """values[(i // inner) % size] for i from ``low`` on; one number where there is one."""
     if len(values) == 1:
         return values
-    place = low // inner
-    taken = np.resize(np.roll(values, -(place % len(values))), (low + n - 1) // inner - place + 1)
-    return taken if inner == 1 else np.repeat(taken, inner)[low % inner :][:n]
+    first, last = low // inner, (low + n - 1) // inner
+    taken: Numbers = values[np.arange(first, last + 1) % len(values)]
+    if inner == 1:
+        return taken
+    bounds = (np.arange(first, last + 2) * inner).clip(low, low + n)
+    return np.repeat(taken, np.diff(bounds))

@@ -71,9 +71,9 @@ def load_kernels(jobs: Sequence[Job]) -> Kernels | None:
             from wpmerge import kernels
         except ImportError as error:
             logger.warning("numba cannot be used, so this merge takes longer: %s", error)
-        else:
-            kernels.prepare(ties=any(job.method == "ties" for job in usable))
-            return kernels
+            return None
+        kernels.prepare(ties=any(job.method == "ties" for job in usable))
+        return kernels
     if len(usable) < len(jobs) or any(job.method == "ties" for job in usable):
         return None
     return cast("Kernels", array_kernels)
