@@ -26,7 +26,7 @@ from wpmerge.fused import FusedMerge
 from wpmerge.merging import merge_recipe
 
 KILLS = int(os.environ.get("WPMERGE_KILLS", "10"))
-MUTATIONS = int(os.environ.get("WPMERGE_MUTATIONS", "500")) // 3  # in each kind of loops
+MUTATIONS = int(os.environ.get("WPMERGE_MUTATIONS", "500")) // 2  # in each kind of loops
 UP = "model.layers.0.mlp.up_proj.weight"
 
 

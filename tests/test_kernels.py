@@ -93,7 +93,7 @@ def by_loops(job, file, step, loops=kernels):
     tile=st.sampled_from([64, 2**15]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_fused_is_plain(
     tmp_path_factory,
     method,

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wpmerge.checksum import part_of_checksum
+from wpmerge.shards import write_all
 
 TILE = 2**15  # elements worked on together: a few float32 arrays of them stay in the level-2 cache
 # wpmerge.kernels compiles these in and keeps the code: who changes one touches that file too.
@@ -63,7 +64,9 @@ def write_add_weighted(
             return worst
         data = out[:n].view(np.uint8)
         total += np.uint64(part_of_checksum(2 * low, data))
-        if not _write(target, data, offset + 2 * low):
+        try:
+            write_all(target, data.data, offset + 2 * low)
+        except OSError:
             return UNWRITABLE
     return worst
 
@@ -77,16 +80,6 @@ def _read(descriptors: NDArray[np.int32], offsets: Places, start: int, n: int, s
         )
     except OSError:
         return False
-
-
-def _write(target: int, data: NDArray[np.uint8], offset: int) -> bool:
-    done = 0
-    try:
-        while done < len(data):
-            done += os.pwrite(target, data[done:].data, offset + done)
-    except OSError:
-        return False
-    return True
 
 
 def _widen(bits: Bits, out: Numbers) -> None:

@@ -96,7 +96,7 @@ class ShardWriter:
         self._dtypes = {tensor.name: tensor.dtype for tensor in shard.tensors}
         try:
             os.ftruncate(self._descriptor, shard.nbytes)
-            _write_all(self._descriptor, memoryview(shard.header), 0)
+            write_all(self._descriptor, memoryview(shard.header), 0)
         except OSError:
             os.close(self._descriptor)
             raise
@@ -108,7 +108,7 @@ class ShardWriter:
             raise ValueError(f"{name} is stored as {dtype}, not {block.dtype}")
         offset = self._shard.offsets[name] + start * dtype.itemsize
         if block.numel():
-            _write_all(self._descriptor, bytes_of(block).data, offset)
+            write_all(self._descriptor, bytes_of(block).data, offset)
 
     def place(self, name: str) -> Place:
         """Where a tensor is to be written, for who does it without :meth:`write`; valid until :meth:`close`."""
@@ -148,7 +148,8 @@ def _lay_out(name: str, tensors: Sequence[OutputTensor]) -> Shard:
     return Shard(name=name, header=header, tensors=tuple(ordered), offsets=offsets, nbytes=len(header) + end)
 
 
-def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
+def write_all(descriptor: int, view: memoryview, offset: int) -> None:
+    """Write all of some bytes from byte ``offset`` of an open file on."""
     done = 0
     while done < len(view):
         done += os.pwrite(descriptor, view[done:], offset + done)
