@@ -55,7 +55,7 @@ def test_the_files_are_as_documented(tmp_path):
     assert set(arrays) == {"a/x.weight", "a/y", "b.2/x.weight", "b.2/y"}
     assert arrays["a/y"].shape == ()
     header = json.loads((tmp_path / "plan.json").read_text())
-    assert header["schema_version"] == 2 and header["steps"] is None
+    assert header["schema_version"] == 3 and header["steps"] is None
     assert header["axes"] == {"a/x.weight": 0, "b.2/x.weight": 1}
     assert header["experts"]["b.2"] == {"source": "x", "content_hash": "h", "adapter": True}
     assert (tmp_path / "plan.safetensors").stat().st_mode & 0o044 == 0o044
@@ -96,7 +96,7 @@ def test_a_malformed_coefficient_cannot_be_made(values, axis):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda h: h.update(schema_version=3), "unknown schema version"),
+        (lambda h: h.update(schema_version=4), "unknown schema version"),
         (lambda h: h.pop("schema_version"), "unknown schema version"),
         (lambda h: h.pop("rule"), "rule: Field required"),
         (lambda h: h.update(extra=1), "extra: Extra inputs"),
@@ -119,7 +119,12 @@ def test_a_damaged_header_is_refused(tmp_path, change, complaint):
 
 def steps() -> Steps:
     added = {
-        name: Added(expert=number + 0.25, block=torch.tensor([1.0, 2.0]), group=torch.tensor([0.5, -3.0, number]))
+        name: Added(
+            expert=number + 0.25,
+            block=torch.tensor([1.0, 2.0]),
+            group=torch.tensor([0.5, -3.0, number]),
+            factor=1.0 - 0.25 * number,
+        )
         for number, name in enumerate(("a", "b.2"))
     }
     return Steps(step=12, averaged=True, added=added)
@@ -132,13 +137,14 @@ def test_steps_are_kept_beside_the_coefficients(tmp_path):
         f"@steps/{expert}/{level}" for expert in ("a", "b.2") for level in ("block", "group")
     }
     header = json.loads((tmp_path / "plan.json").read_text())
-    assert header["steps"] == {"step": 12, "averaged": True, "expert": {"a": 0.25, "b.2": 1.25}}
+    factor = {"a": 1.0, "b.2": 0.75}
+    assert header["steps"] == {"step": 12, "averaged": True, "expert": {"a": 0.25, "b.2": 1.25}, "factor": factor}
     found = load_plan(tmp_path)
     assert found.steps is not None and (found.steps.step, found.steps.averaged) == (12, True)
     assert set(found.coefficients["a"]) == {"x.weight", "y"}
     for name, added in steps().added.items():
         again = found.steps.added[name]
-        assert again.expert == added.expert
+        assert (again.expert, again.factor) == (added.expert, added.factor)
         assert torch.equal(again.block, added.block) and torch.equal(again.group, added.group)
 
 
@@ -149,6 +155,15 @@ def test_a_plan_of_the_first_version_is_read_and_has_no_steps(tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps(header | {"schema_version": 1}))
     found = load_plan(tmp_path)
     assert found.steps is None and found.rule == "scaled" and set(found.coefficients) == {"a", "b.2"}
+
+
+def test_steps_of_the_second_version_have_no_factors(tmp_path):
+    plan(steps=steps()).save(tmp_path)
+    header = json.loads((tmp_path / "plan.json").read_text())
+    del header["steps"]["factor"]
+    (tmp_path / "plan.json").write_text(json.dumps(header | {"schema_version": 2}))
+    found = load_plan(tmp_path)
+    assert found.steps is not None and {added.factor for added in found.steps.added.values()} == {1.0}
 
 
 @pytest.mark.parametrize(

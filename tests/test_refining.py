@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from wpmerge.levels import RefineSettings
 from wpmerge.models import Family, open_family
 from wpmerge.readouts import LogProbReadout, measure
 from wpmerge.refining import Merging, _Draw, refine
+from wpmerge.retaining import LEAST_EVALUATIONS, by_expert, hold_back, keep_to_retain_sets
 from wpmerge.rows import pack
 
 EXPERTS = ("letters", "marks", "frame")
@@ -44,7 +46,7 @@ def test_slopes_are_finite_differences(model_type: str, granularity: str) -> Non
     readout, rows = LogProbReadout(layer=2, sequences=SEQUENCES, starts=STARTS), pack(SEQUENCES)
     generator = torch.Generator().manual_seed(0)
     point = torch.rand(2, len(case.grouping.names), generator=generator, dtype=torch.float64)
-    slopes, nothing = case.slopes(case.source(point), [Term(rows=rows, readout=readout)])
+    slopes, nothing = case.slopes(case.source(point), [Term(rows=rows, readout=readout)], totals=2)
     assert not nothing.any()
     chosen = random.Random(1).sample(range(point.numel()), min(6, point.numel()))
     for flat in chosen:
@@ -133,7 +135,7 @@ def test_what_is_held_at_once_does_not_matter(demo: Family, monkeypatch: pytest.
     start = torch.full((3, len(case.grouping.names)), 0.6, dtype=torch.float64)
     prompts, settings = readings(demo, 0, 4), RefineSettings(steps=1, batch=4, check=1)
     runs, whole = [], Merging.slopes
-    monkeypatch.setattr(Merging, "slopes", lambda *given: runs.append(len(given[2])) or whole(*given))
+    monkeypatch.setattr(Merging, "slopes", lambda *given, **more: runs.append(len(given[2])) or whole(*given, **more))
     found = []
     for held, resident in ((1 << 29, True), (1, True), (1 << 29, False)):
         monkeypatch.setattr("wpmerge.refining.STEP_BYTES", held)
@@ -159,17 +161,63 @@ def test_what_does_not_help_is_not_returned(demo: Family) -> None:
     assert found.standing == found.checks[0].standing
 
 
-def test_a_retain_set_holds_the_merge_back(demo: Family) -> None:
-    """Plain questions whose replies by the base the merge has half forgotten: the steps bring them back."""
+def test_factors_bring_back_what_a_retain_set_lost(demo: Family) -> None:
+    """Plain questions whose replies by the base the merge has half forgotten."""
     case = of_demo(demo, "block")
-    start = torch.full((3, len(case.grouping.names)), 0.6, dtype=torch.float64)
-    plain = {"plain": _base_replies(demo, 8, 8)}
-    skills = readings(demo, 0, 6)
-    found = refine(case, start, skills | plain, skills | plain, RefineSettings(steps=16, batch=8))
-    first, best = found.checks[0].standing, found.standing
-    assert first.lost["plain"] > 1.5 * 0.02
-    assert best.lost["plain"] < 0.8 * first.lost["plain"]
-    assert min(best.kept.values()) > 0.5
+    merge = torch.full((3, len(case.grouping.names)), 0.8, dtype=torch.float64)
+    both = {**readings(demo, 0, 6), "plain": _base_replies(demo, 8, 8)}
+    free, calls = assess(case.engine, case.source(merge), both), []
+    hold = partial(hold_back, case, merge, both, evaluations=4, progress=lambda *done: calls.append(done))
+    assert free.lost["plain"] > 2 * 0.02
+    held = hold(tolerance=0.02)
+    assert held.standing.excess() < 0.25  # what little is lost beyond the tolerance costs less than it keeps
+    assert all(0.0 <= factor <= 1.0 for factor in held.factors.values()) and min(held.factors.values()) < 1.0
+    assert min(held.standing.kept.values()) > 0.2
+    assert calls == [(number, LEAST_EVALUATIONS) for number in range(1, held.evaluations + 1)]
+    again = assess(case.engine, case.source(by_expert(case, held.factors) * merge), both)
+    assert again.lost["plain"] == pytest.approx(held.standing.lost["plain"], abs=1e-6)
+    untouched = hold(tolerance=1e3)
+    assert set(untouched.factors.values()) == {1.0} and untouched.evaluations == 1
+
+
+def test_steps_keep_what_a_retain_set_may_lose(demo: Family) -> None:
+    """Where nothing is lost yet: the steps win for the skills with and without it, and lose less with it."""
+    case = of_demo(demo, "block")
+    start = torch.full((3, len(case.grouping.names)), 0.2, dtype=torch.float64)
+    skills, plain = readings(demo, 0, 6), {"plain": _base_replies(demo, 8, 8)}
+    settings = RefineSettings(steps=6, batch=6, check=6, rate=0.2)
+    free, bound = (refine(case, start, prompts, skills, settings) for prompts in (skills, skills | plain))
+    lost = [assess(case.engine, case.source(found.coefficients), plain).lost["plain"] for found in (free, bound)]
+    assert lost[1] < 0.7 * lost[0]
+    for found in (free, bound):
+        assert found.standing.worth() > found.checks[0].worth
+
+
+def test_a_merge_is_kept_to_a_retain_set_and_the_rest_won_back(demo: Family) -> None:
+    """Factors first; the steps after them are at least as good, and all that was done adds up."""
+    case = of_demo(demo, "block")
+    merge = torch.full((3, len(case.grouping.names)), 0.8, dtype=torch.float64)
+    both, settings = {**readings(demo, 0, 6), "plain": _base_replies(demo, 8, 8)}, RefineSettings(steps=6, batch=6)
+    free = refine(case, merge, readings(demo, 0, 6), readings(demo, 0, 6), RefineSettings(steps=0))
+    said: list[str] = []
+    keep = partial(
+        keep_to_retain_sets, case, free, both, both, evaluations=20, progress=lambda *new: said.append(new[0])
+    )
+    found, evaluations = keep(settings)
+    assert found.kept is not None and min(found.kept.factors.values()) < 1.0
+    held = by_expert(case, found.kept.factors) * merge
+    assert torch.allclose(found.coefficients, held + found.kept.later)
+    assert found.standing.worth() >= assess(case.engine, case.source(held), both).worth() - 1e-9
+    assert list(dict.fromkeys(said)) == ["keeping to the retain sets", "refining within the retain sets"]
+    assert evaluations == said.count("keeping to the retain sets") + 3  # looks at the start, the end and the average
+    steps = found.steps(EXPERTS)
+    for number, name in enumerate(EXPERTS):
+        added = steps.added[name]
+        assert added.later is not None
+        again = added.factor * (0.8 + added.expert) + added.later
+        torch.testing.assert_close(again, found.coefficients[number].float(), atol=1e-5, rtol=0)
+    untouched, once = keep(dataclasses.replace(settings, tolerance=1e3))
+    assert untouched.kept is None and once == 1 and torch.equal(untouched.coefficients, merge)
 
 
 def _base_replies(demo: Family, first: int, count: int) -> HeldOutReading:

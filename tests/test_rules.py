@@ -10,7 +10,7 @@ import torch
 from families import write_family, write_prompts
 from test_fusing import GIVEN, SETTINGS
 
-from wpmerge.calibration import Standing, assess
+from wpmerge.calibration import Standing, assess, utility
 from wpmerge.coefficients import RULES
 from wpmerge.errors import CapabilityError, RecipeError
 from wpmerge.fusing import open_scored_family
@@ -153,9 +153,9 @@ def test_refine_starts_from_the_scales_and_is_never_worse(scored: tuple[Family, 
     found = decide(scored, rule="refine", scales=GIVEN, steps=4, batch=6)
     assert found.refined is not None and found.standing is not None
     start = decide(scored, rule="scaled", scales=GIVEN)
-    assert found.refined.checks[0].worth == pytest.approx(worth(scored, start).worth(), abs=1e-4)
-    assert found.standing.worth() >= found.refined.checks[0].worth
-    assert worth(scored, found).worth() == pytest.approx(found.standing.worth(), abs=1e-4)
+    assert found.refined.checks[0].worth == pytest.approx(utility(worth(scored, start).kept), abs=1e-4)
+    assert found.refined.checks[found.refined.best].worth >= found.refined.checks[0].worth
+    assert worth(scored, found).kept == pytest.approx(dict(found.standing.kept), abs=1e-4)
     assert found.record["best_check"] == found.refined.best
 
 

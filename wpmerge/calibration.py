@@ -165,10 +165,17 @@ class Standing:
     kept: Mapping[str, float]
     lost: Mapping[str, float] = field(default_factory=dict)
 
+    def excess(self, tolerance: float = TOLERANCE) -> float:
+        """What the retain sets have lost beyond the tolerance, in tolerances."""
+        return sum(max(0.0, value / tolerance - 1.0) for value in self.lost.values())
+
     def worth(self, tolerance: float = TOLERANCE) -> float:
         """The utility, less :data:`PENALTY` for each tolerance that a retain set has lost beyond the first."""
-        excess = sum(max(0.0, value / tolerance - 1.0) for value in self.lost.values())
-        return utility(self.kept) - PENALTY * excess
+        return utility(self.kept) - PENALTY * self.excess(tolerance)
+
+    def behind(self, other: "Standing", tolerance: float = TOLERANCE) -> bool:
+        """Whether it keeps less of the skills than another one and has lost no less beyond the tolerance."""
+        return utility(self.kept) < utility(other.kept) and self.excess(tolerance) >= other.excess(tolerance)
 
 
 def assess(engine: Engine, merged: WeightSource, readings: Mapping[str, HeldOutReading]) -> Standing:

@@ -159,9 +159,14 @@ def no_parts(levels: Levels) -> Parts:
     )
 
 
+def laid_out(levels: Levels, parts: Parts) -> Float[Tensor, "E G"]:
+    """What parts add to each coefficient."""
+    return parts.expert + parts.block[:, levels.block] + parts.group
+
+
 def together(levels: Levels, parts: Parts) -> Float[Tensor, "E G"]:
     """λ."""
-    return (levels.start + parts.expert + parts.block[:, levels.block] + parts.group).clamp(0.0, levels.highest)
+    return (levels.start + laid_out(levels, parts)).clamp(0.0, levels.highest)
 
 
 def direction(

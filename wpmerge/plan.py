@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     import pandas
     from torch import Tensor
 
-SCHEMA_VERSION = 2
-READ = (1, 2)
-"""Versions that are read: the first has no steps."""
+SCHEMA_VERSION = 3
+READ = (1, 2, 3)
+"""Versions that are read: the first has no steps, the second no factors of them."""
 STEPS = "@steps"
 """What the keys of steps begin with, where coefficients' begin with an expert's name."""
 BASE = "base"  # the base's name among checkpoints; no expert may bear it
@@ -105,16 +105,21 @@ class Added:
         expert: to all of them.
         block: to those of a block, by :func:`~wpmerge.coefficients.block_of_groups`.
         group: to those of a group alone, in the order of :func:`~wpmerge.coefficients.make_grouping`.
+        factor: what the expert's coefficients, once added up and clipped, were multiplied with for the retain sets.
+        later: what was added to each group's then, by steps that keep to the retain sets; None without any.
     """
 
     expert: float
     block: Float[Tensor, " B"]
     group: Float[Tensor, " G"]
+    factor: float = 1.0
+    later: Float[Tensor, " G"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Steps:
-    """How ``refine`` came to its coefficients: each is its start and what was added, clipped to [0, λ_max].
+    """How ``refine`` came to its coefficients: each is its start and what was added, clipped to
+    [0, λ_max]; with retain sets times the expert's factor, and what later steps added.
 
     Attributes:
         step: after how many steps.
@@ -224,6 +229,8 @@ class Plan:
         }
         for expert, added in ({} if self.steps is None else self.steps.added).items():
             arrays |= {f"{STEPS}/{expert}/block": added.block.clone(), f"{STEPS}/{expert}/group": added.group.clone()}
+            if added.later is not None:
+                arrays[f"{STEPS}/{expert}/later"] = added.later.clone()
         header = _PlanFile(
             schema_version=SCHEMA_VERSION,
             rule=self.rule,
@@ -254,6 +261,7 @@ class _StepsFile(_Strict):
     step: int
     averaged: bool
     expert: dict[str, float]
+    factor: dict[str, float] = {}
 
 
 class _PlanFile(_Strict):
@@ -273,7 +281,8 @@ class _PlanFile(_Strict):
 
 def _steps_file(steps: Steps) -> _StepsFile:
     whole = {name: added.expert for name, added in steps.added.items()}
-    return _StepsFile(step=steps.step, averaged=steps.averaged, expert=whole)
+    factor = {name: added.factor for name, added in steps.added.items()}
+    return _StepsFile(step=steps.step, averaged=steps.averaged, expert=whole, factor=factor)
 
 
 def input_model(checkpoint: Checkpoint) -> InputModel:
@@ -336,11 +345,11 @@ def load_plan(directory: Path) -> Plan:
 def _steps(header: _StepsFile, experts: Sequence[str], arrays: SafetensorsFile) -> Steps:
     added = {}
     for name in experts:
-        held = {level: arrays.tensors.get(f"{STEPS}/{name}/{level}") for level in ("block", "group")}
+        held = {level: arrays.tensors.get(f"{STEPS}/{name}/{level}") for level in ("block", "group", "later")}
         found = {level: arrays.read(info.name, 0, info.numel) for level, info in held.items() if info is not None}
-        if len(found) < len(held) or name not in header.expert:
+        if not {"block", "group"} <= found.keys() or name not in header.expert:
             raise RecipeError("a plan lacks the steps of an expert", where=arrays.path, got=name)
-        added[name] = Added(expert=header.expert[name], **found)
+        added[name] = Added(expert=header.expert[name], factor=header.factor.get(name, 1.0), **found)
     return Steps(step=header.step, averaged=header.averaged, added=added)
 
 

@@ -11,7 +11,7 @@ Shape suffixes: E experts, G groups.
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -20,14 +20,15 @@ from torch import Tensor
 
 from wpmerge.arch import KINDS, MODEL_KINDS, Kind, Layout
 from wpmerge.attribution import UnitArrays
-from wpmerge.calibration import EPSILON, PENALTY, HeldOutReading, Standing, assess, merged_source
+from wpmerge.calibration import EPSILON, HeldOutReading, Standing, assess, merged_source
 from wpmerge.coefficients import Grouping, group_scores, squared_norms, tensor_coefficients
 from wpmerge.engine import Engine
 from wpmerge.gradients import Term, directional_sums
-from wpmerge.levels import Levels, Parts, RefineSettings, direction, make_levels, no_parts, together
+from wpmerge.levels import Levels, Parts, RefineSettings, make_levels, no_parts, together
 from wpmerge.memory import FLOAT
 from wpmerge.plan import Added, Coefficient, Steps
 from wpmerge.readouts import LogProbReadout, ReplyReadout
+from wpmerge.retain_steps import Halves, Retained, Seen, held_back
 from wpmerge.rows import pack
 from wpmerge.weights import Weights, WeightSource
 
@@ -37,7 +38,9 @@ HALVES = 2
 STEP_BYTES = 1 << 29
 """Residual streams that a step holds at once, bytes; those of half of one capability's prompts at least."""
 MARGIN = 0.5
-"""Share of the tolerance that a retain set may have lost on a batch before it pulls: other prompts may lose more."""
+"""Share of the tolerance that steps let a retain set lose: other prompts may lose more."""
+HORIZON = 2.0
+"""Steps in which a retain set gets back what it lost too much, or may lose what is left to lose."""
 LEAST_KEPT = 0.05
 """Retention below which a lost skill pulls no harder."""
 
@@ -53,15 +56,29 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Kept:
+    """What was done for the retain sets after steps that knew nothing of them.
+
+    Attributes:
+        factors: expert → what its coefficients were multiplied with.
+        later: what steps that keep to the retain sets have added then.
+    """
+
+    factors: Mapping[str, float]
+    later: Float[Tensor, "E G"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Refined:
     """Where ``refine`` stopped.
 
     Attributes:
         coefficients: λ.
-        parts: what was added to the start; λ is their sum, clipped to [0, λ_max].
+        parts: what was added to the start; λ is their sum, clipped to [0, λ_max], if no retain set had a say.
         standing: of the merge on the held-out prompts.
         checks: every look at them; the first is the start's, and the best one's coefficients are returned.
         best: number of the best of ``checks``.
+        kept: what was done for retain sets afterwards; None for nothing.
     """
 
     coefficients: Float[Tensor, "E G"]
@@ -69,6 +86,7 @@ class Refined:
     standing: Standing
     checks: tuple[Check, ...]
     best: int
+    kept: "Kept | None" = None
 
     def steps(self, experts: Sequence[str]) -> Steps:
         """What was added to each expert's start, as a plan keeps it."""
@@ -77,6 +95,9 @@ class Refined:
             name: Added(expert=float(whole.float()), block=block.float(), group=group.float())
             for name, whole, block, group in zip(experts, parts.expert[:, 0], parts.block, parts.group, strict=True)
         }
+        if self.kept is not None:
+            for name, later in zip(experts, self.kept.later, strict=True):
+                added[name] = replace(added[name], factor=self.kept.factors[name], later=later.float())
         return Steps(step=best.step, averaged=best.averaged, added=added)
 
 
@@ -160,11 +181,11 @@ class Merging:
         found = [squared_norms(self.layout, self.grouping, self.base, expert) for expert in self.experts.values()]
         return torch.stack(found)
 
-    def slopes(self, merged: WeightSource, terms: Sequence[Term]) -> Float[Tensor, "2 E G"]:
-        """∂/∂λ of each of a step's two sums at a merge, from one forward and one backward run."""
+    def slopes(self, merged: WeightSource, terms: Sequence[Term], *, totals: int) -> Float[Tensor, "totals E G"]:
+        """∂/∂λ of each of ``totals`` sums of terms at a merge, from one forward and one backward run."""
         kinds: tuple[Kind, ...] = KINDS if self.grouping.granularity == "unit" else ("tensor", *MODEL_KINDS)
         experts = list(self.experts.values())
-        sums = directional_sums(self.engine, merged, self.base, experts, terms, totals=HALVES, kinds=kinds)
+        sums = directional_sums(self.engine, merged, self.base, experts, terms, totals=totals, kinds=kinds)
         return torch.stack([torch.stack([self._grouped(arrays) for arrays in own]) for own in sums])
 
     def _grouped(self, arrays: UnitArrays) -> Float[Tensor, " G"]:
@@ -216,14 +237,22 @@ def refine(
         if progress is not None:
             progress(step, settings.steps)
         merged = merging.source(together(levels, walk.parts))
-        halves = torch.zeros(HALVES, *levels.start.shape, dtype=torch.float64)
+        seen = {name: Seen() for name, reading in prompts.items() if reading.retain}
+        sums = {name: HALVES * (1 + number) for number, name in enumerate(seen)}  # those of the utility come first
         terms = []
         for name, reading in prompts.items():
             taken = draws[name].take(settings.batch)
-            terms += [_term(reading, taken[half::HALVES] or taken, half, settings) for half in range(HALVES)]
-        for some in _together(merging, terms):
-            halves += merging.slopes(merged, some)
-        walk.step((halves[0], halves[1]), step)
+            for half in range(HALVES):
+                some = taken[half::HALVES] or taken
+                terms.append(_term(reading, some, sums.get(name, 0) + half, seen.get(name)))
+        slopes = torch.zeros(HALVES * (1 + len(seen)), *levels.start.shape, dtype=torch.float64)
+        for run in _together(merging, terms):
+            slopes += merging.slopes(merged, run, totals=len(slopes))
+        walk.step(
+            (slopes[0], slopes[1]),
+            {name: ((slopes[place], slopes[place + 1]), seen[name].lost) for name, place in sums.items()},
+            step,
+        )
     if progress is not None:
         progress(settings.steps, settings.steps)
     return walk.result()
@@ -244,16 +273,17 @@ def _together(merging: Merging, terms: Sequence[Term]) -> list[list[Term]]:
     return found
 
 
-def _term(reading: HeldOutReading, items: Sequence[int], half: int, settings: RefineSettings) -> Term:
-    """A capability's or retain set's part of ∂U on some prompts."""
+def _term(reading: HeldOutReading, items: Sequence[int], total: int, seen: Seen | None) -> Term:
+    """Some prompts of a capability, a part of the utility, or of a retain set (``seen``), a mean of its own."""
     assert isinstance(reading.readout, (LogProbReadout, ReplyReadout)), "steps are taken on references"
     readout = reading.readout.some(items)
     before = reading.base_items[list(items)]
     if reading.expert_items is None:
-        weigh = partial(_weigh_retained, before=before, tolerance=settings.tolerance)
+        assert seen is not None, "a retain set's change is read on the way"
+        weigh = partial(seen.weigh, before=before)
     else:
         weigh = partial(_weigh_skill, before=before, gap=float((reading.expert_items[list(items)] - before).mean()))
-    return Term(rows=pack(readout.sequences, tokens_per_row=TOKENS_PER_ROW), readout=readout, weigh=weigh, total=half)
+    return Term(rows=pack(readout.sequences, tokens_per_row=TOKENS_PER_ROW), readout=readout, weigh=weigh, total=total)
 
 
 def _weigh_skill(
@@ -263,20 +293,6 @@ def _weigh_skill(
     share = float((values.double().cpu() - before).mean()) / gap if gap > 0 else 1.0
     pull = 0.0 if share >= 1.0 else 1.0 / (gap * (EPSILON + max(LEAST_KEPT, share)))
     return torch.full_like(before, pull / len(before))
-
-
-def _weigh_retained(
-    values: Float[Tensor, " items"], *, before: Float[Tensor, " items"], tolerance: float
-) -> Float[Tensor, " items"]:
-    """∂U/∂ of each prompt's number: the more, the more of the tolerance its prompts have lost.
-
-    What some prompts lose and others win does not cancel here: losses are few and large, and which prompts win says
-    nothing about others. So only those that lost pull, and only what they lost counts.
-    """
-    change = values.double().cpu() - before
-    lost = float(-change.clamp_max(0.0).mean()) / tolerance
-    pull = PENALTY * max(0.0, lost - MARGIN) / tolerance
-    return torch.full_like(before, pull / len(before)).masked_fill(change >= 0.0, 0.0)
 
 
 class _Walk:
@@ -304,20 +320,31 @@ class _Walk:
             self._best, self._best_check = (worth, parts), len(self._checks) - 1
         return worth
 
-    def step(self, halves: tuple[Float[Tensor, "E G"], Float[Tensor, "E G"]], number: int) -> None:
-        """Move, and look at the held-out prompts when it is time; from where they got worse, go back and go slower."""
+    def step(self, halves: Halves, retained: Mapping[str, tuple[Halves, float]], number: int) -> None:
+        """Move, and look at the held-out prompts when it is time; from where they got worse, go back and go slower.
+
+        Args:
+            halves: ∂U.
+            retained: retain set → the gradient of its log-probability, and what its prompts have lost.
+            number: of the step.
+        """
         settings = self._settings
-        aim, _ = direction(self._levels, halves, together(self._levels, self.parts))
+        rate = self._rate * (1.0 - number / settings.steps)
+        sets = [
+            Retained(slopes=slopes, wanted=(lost - MARGIN * settings.tolerance) / (HORIZON * rate))
+            for slopes, lost in retained.values()
+        ]
+        aim = held_back(self._levels, halves, sets, together(self._levels, self.parts))
         fresh = 1.0 - settings.momentum
         self._way = no_parts(self._levels).plus(self._way, settings.momentum).plus(aim, fresh)
-        rate = self._rate * (1.0 - number / settings.steps)
         self.parts = no_parts(self._levels).plus(self.parts, 1.0 - settings.ridge * rate).plus(self._way, rate)
         if number >= settings.steps // 2:
             self._sum, self._summed = self._sum.plus(self.parts, 1.0), self._summed + 1
         last = number + 1 == settings.steps
         if last or (number + 1) % settings.check == 0:
-            before = self._best[0]
-            if self.look(self.parts, number + 1) < before and not last:
+            best = self._checks[self._best_check].standing
+            self.look(self.parts, number + 1)
+            if self._checks[-1].standing.behind(best, settings.tolerance) and not last:
                 self.parts, self._way, self._rate = self._best[1], no_parts(self._levels), self._rate / 2
         if last and self._summed > 1:
             self.look(no_parts(self._levels).plus(self._sum, 1.0 / self._summed), number + 1, averaged=True)

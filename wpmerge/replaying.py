@@ -129,7 +129,8 @@ def _checked(plan: Plan, layout: Layout, grouping: Grouping) -> Steps | None:
     """The plan's steps, if each block and group has its number."""
     blocks = int(block_of_groups(layout, grouping).max()) + 1
     for name, added in ({} if plan.steps is None else plan.steps.added).items():
-        if (len(added.block), len(added.group)) != (blocks, len(grouping.names)):
+        later = added.group if added.later is None else added.later
+        if (len(added.block), len(added.group), len(later)) != (blocks, *[len(grouping.names)] * 2):
             raise RecipeError(
                 "a plan's steps do not fit the model",
                 where=f"expert {name}",

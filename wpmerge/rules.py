@@ -37,6 +37,7 @@ from wpmerge.models import Family
 from wpmerge.plan import Coefficient, Granularity, Steps
 from wpmerge.readings import Progress
 from wpmerge.refining import Merging, Refined, refine
+from wpmerge.retaining import keep_to_retain_sets
 from wpmerge.scores import Scores
 from wpmerge.tuning import check_cross, check_scored, effects_of, held_out_readings, own_scores, scored_readings
 
@@ -196,6 +197,8 @@ class RuleOutcome:
         if self.refined is not None:
             found["checks"] = [[check.step, round(check.worth, 6)] for check in self.refined.checks]
             found["best_check"] = self.refined.best
+            if self.refined.kept is not None:
+                found["factors"] = dict(self.refined.kept.factors)
         return found
 
 
@@ -232,22 +235,42 @@ def coefficients_for(
         return rule.outcome(given, settings.rule_settings, standing=None, evaluations=0)
     tell("choosing scales", 0, settings.evaluations)
     readings = held_out() if held_out is not None else held_out_readings(family, scores, names)
-    scales, numbers, standing, used = _choose(rule, readings, given, tell)
     if settings.rule != "refine":
+        scales, numbers, standing, used = _choose(rule, readings, given, tell)
         return rule.outcome(scales, numbers, standing=standing, evaluations=used)
+    skills, retained = _apart(readings)
+    scales, numbers, _, used = _choose(rule, skills, given, tell)
     tell("refining", 0, settings.steps)
-    steps_on = prompts() if prompts is not None else scored_readings(family, scores, names)
+    scored, more = _apart(prompts() if prompts is not None else scored_readings(family, scores, names))
     refined = refine(
         rule.merging,
         rule.values(scales, numbers),
-        steps_on,
-        readings,
+        scored,
+        skills,
         settings.refine_settings,
         progress=lambda done, total: tell("refining", done, total),
     )
-    return rule.outcome(
-        scales, numbers, standing=refined.standing, evaluations=used + len(refined.checks), refined=refined
-    )
+    used += len(refined.checks)
+    if retained:
+        refined, tried = keep_to_retain_sets(
+            rule.merging,
+            refined,
+            {**scored, **more},
+            readings,
+            settings.refine_settings,
+            evaluations=settings.evaluations - used,
+            progress=tell,
+        )
+        used += tried
+    return rule.outcome(scales, numbers, standing=refined.standing, evaluations=used, refined=refined)
+
+
+def _apart(
+    readings: Mapping[str, HeldOutReading],
+) -> tuple[dict[str, HeldOutReading], dict[str, HeldOutReading]]:
+    """Skills, and retain sets."""
+    skills = {name: each for name, each in readings.items() if not each.retain}
+    return skills, {name: each for name, each in readings.items() if each.retain}
 
 
 class _Rule:

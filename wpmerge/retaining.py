@@ -1,0 +1,162 @@
+"""How retain sets bind ``refine``, after steps that know nothing of them: a factor for each expert, then careful steps.
+
+What a retain set loses is curved: by its first order at one merge, steps as long as those on the skills miss it by far
+(docs/log.md, "A retain set after the steps"). So it first gets back what it lost, each expert's coefficients being
+multiplied with a factor below 1, and short steps then win back for the skills what they can without it.
+
+Shape suffixes: E experts, G groups.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from wpmerge.calibration import HeldOutReading, Standing, Tunable, assess, search_numbers
+from wpmerge.levels import RefineSettings
+from wpmerge.readings import Progress
+from wpmerge.readouts import LogProbReadout
+from wpmerge.refining import Kept, Merging, Refined, refine
+from wpmerge.rows import pack
+from wpmerge.tuning import TOKENS_PER_ROW
+
+FACTORS = (0.35, 0.5, 0.65, 0.8)
+"""Of all experts alike, tried first."""
+LEAST_EVALUATIONS = 12
+"""Merges that may be run to find factors, whatever was allowed."""
+RATE = 0.08
+"""Of the first step that keeps to the retain sets."""
+
+
+def keep_to_retain_sets(
+    merging: Merging,
+    refined: Refined,
+    prompts: Mapping[str, HeldOutReading],
+    held_out: Mapping[str, HeldOutReading],
+    settings: RefineSettings,
+    *,
+    evaluations: int,
+    progress: Progress,
+) -> tuple[Refined, int]:
+    """Change what steps on the skills have found, so that no retain set loses more than the tolerance.
+
+    Args:
+        merging: what is merged.
+        refined: where those steps ended.
+        prompts: per capability and retain set what steps are taken on.
+        held_out: what decides, retain sets included.
+        settings: of the steps; half as many are taken again, at a rate of at most :data:`RATE`.
+        evaluations: merges that may be run to find factors; at least :data:`LEAST_EVALUATIONS` may.
+        progress: told what is being done.
+
+    Returns:
+        The same if nothing is lost beyond the tolerance; and how many merges were run.
+    """
+    whole = {
+        name: _joined(each, prompts[name]) if each.retain and name in prompts else each
+        for name, each in held_out.items()
+    }
+    held = hold_back(
+        merging,
+        refined.coefficients,
+        whole,
+        tolerance=settings.tolerance,
+        evaluations=evaluations,
+        progress=lambda done, total: progress("keeping to the retain sets", done, total),
+    )
+    if set(held.factors.values()) == {1.0}:
+        return replace(refined, standing=held.standing), held.evaluations
+    start = by_expert(merging, held.factors) * refined.coefficients
+    found = refine(
+        merging,
+        start,
+        prompts,
+        held_out,
+        replace(settings, steps=settings.steps // 2, rate=min(RATE, settings.rate)),
+        progress=lambda done, total: progress("refining within the retain sets", done, total),
+    )
+    kept = Kept(factors=held.factors, later=found.coefficients - start)
+    return (
+        replace(refined, coefficients=found.coefficients, standing=found.standing, kept=kept),
+        held.evaluations + len(found.checks),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """What keeps to the retain sets.
+
+    Attributes:
+        factors: expert → within [0, 1].
+        standing: of the merge with them.
+        evaluations: merges that were run.
+    """
+
+    factors: Mapping[str, float]
+    standing: Standing
+    evaluations: int
+
+
+def hold_back(
+    merging: Merging,
+    coefficients: Float[Tensor, "E G"],
+    readings: Mapping[str, HeldOutReading],
+    *,
+    tolerance: float,
+    evaluations: int,
+    progress: Callable[[int, int], None],
+) -> Held:
+    """Find a factor for each expert at which no retain set loses more than the tolerance, and skills keep most.
+
+    Args:
+        merging: what is merged.
+        coefficients: λ, as steps that know nothing of retain sets found it.
+        readings: held-out prompts of the skills, and the retain sets.
+        tolerance: nats per token below the base.
+        evaluations: merges that may be run; at least :data:`LEAST_EVALUATIONS` may.
+        progress: called with the merges run and allowed.
+
+    Returns:
+        Factors of 1 if nothing is lost beyond the tolerance.
+    """
+    experts, allowed, done = tuple(merging.experts), max(LEAST_EVALUATIONS, evaluations), 0
+
+    def evaluate(factors: Mapping[str, float]) -> Standing:
+        nonlocal done
+        merged = merging.source(by_expert(merging, factors) * coefficients)
+        standing = assess(merging.engine, merged, readings)
+        done += 1
+        progress(done, allowed)
+        return standing
+
+    factors = dict.fromkeys(experts, 1.0)
+    standing = evaluate(factors)
+    if standing.excess(tolerance) > 0.0:
+        common = Tunable(names=experts, high=1.0, grid=FACTORS, steps=())
+        each = [Tunable(names=(name,), high=1.0) for name in sorted(experts)]  # in whatever order they were named
+        factors, standing = search_numbers(
+            factors, [common, *each], evaluate, lambda found: found.worth(tolerance), evaluations=allowed - 1
+        )
+    return Held(factors=factors, standing=standing, evaluations=done)
+
+
+def by_expert(merging: Merging, factors: Mapping[str, float]) -> Float[Tensor, "E 1"]:
+    """Factors in the order of the experts."""
+    return torch.tensor([[factors[name]] for name in merging.experts], dtype=torch.float64)
+
+
+def _joined(one: HeldOutReading, other: HeldOutReading) -> HeldOutReading:
+    """The prompts of two readings of one retain set as one."""
+    first, second = one.readout, other.readout
+    assert isinstance(first, LogProbReadout) and isinstance(second, LogProbReadout) and one.retain and other.retain
+    readout = LogProbReadout(
+        layer=first.layer,
+        sequences=[*first.sequences, *second.sequences],
+        starts=[*first.starts, *second.starts],
+    )
+    rows = pack(readout.sequences, tokens_per_row=TOKENS_PER_ROW)
+    return HeldOutReading(
+        readout=readout, rows=rows, base_items=torch.cat([one.base_items, other.base_items]), expert_items=None
+    )
