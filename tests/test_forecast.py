@@ -88,6 +88,13 @@ def test_fusing_depends_on_the_rule_and_the_dtype() -> None:
         for rule in (MergeRule(), MergeRule(name="scaled"), MergeRule(name="scaled", scale=0.5))
     ]
     assert seconds[0] > seconds[1] > seconds[2]
+    free = work(LLAMA2)
+    bound = replace(
+        free,
+        recipe=free.recipe.model_copy(update={"retain": {"plain": "math"}}),
+        capabilities={**free.capabilities, "plain": free.capabilities[EXPERTS[0]]},
+    )
+    assert seconds[0] < (fusing_needs(bound).seconds or 0) < 3 * seconds[0]  # half the steps again, over a set more
     assert fusing_needs(work(LLAMA2)).written == 10
     refined, scaled = (fusing_needs(work(LLAMA2, rule=MergeRule(name=name))).memory for name in ("refine", "scaled"))
     assert refined is not None and scaled is not None and refined > scaled  # it holds gradients

@@ -16,6 +16,7 @@ from wpmerge.memory import HELD_BYTES, least_memory, resident_bytes, resident_we
 from wpmerge.models import layout_from
 from wpmerge.options import byte_size
 from wpmerge.reliability import CANDIDATES
+from wpmerge.retaining import LEAST_EVALUATIONS
 from wpmerge.run_recipe import EVALUATED, Judging, RunRecipe
 from wpmerge.sources import Source, itemsize, parameters, shapes_of
 
@@ -156,11 +157,13 @@ def fusing_needs(work: Workload) -> Needs:
     if rule.scale is not None and not rule.calibrate and rule.name != "refine":
         looks = 1
     seconds = (OPENING + MERGING) * work.models
-    for capability in work.capabilities.values():
-        each = _tokens(capability, settings.reference_tokens, anchor=False)
-        seconds += FORWARD * settings.held_out * each * looks
+    again = LEAST_EVALUATIONS + CHECKS if rule.name == "refine" and work.recipe.retain else 0
+    for name, capability in work.capabilities.items():
+        each, retained = _tokens(capability, settings.reference_tokens, anchor=False), name in work.recipe.retain
+        seconds += FORWARD * settings.held_out * each * (again if retained and again else looks + again)
         if rule.name == "refine":
-            seconds += LINEAR * rule.steps * rule.batch * each * work.each_expert
+            steps = (0 if retained else rule.steps) + (rule.steps // 2 if again else 0)
+            seconds += LINEAR * steps * rule.batch * each * work.each_expert
     sizes = {"float32": 4, "bfloat16": 2, "float16": 2}
     wanted = work.recipe.output.dtype
     written = work.nbytes if wanted is None else int(work.billions * BILLION) * sizes[wanted]
