@@ -11,7 +11,7 @@ from families import WORDS
 from test_fusing import Disk, make_disk
 from typer.testing import CliRunner
 
-from wpmerge.bench import BenchResult, bench
+from wpmerge.bench import BenchResult, _workplace, bench
 from wpmerge.bench_setup import BenchSettings, check_subsets, split_tests, strategy_names
 from wpmerge.errors import EvaluationError, OutputError, WpmergeError
 from wpmerge.judges import load_tests
@@ -156,6 +156,19 @@ def test_only_the_best_go_on_to_further_seeds(
         for best in (sum, min):
             assert max(map(best, of_group.values())) == max(best(of_group[n]) for n in of_group.keys() & went_on)
     assert ("fuse:select/norm" in went_on) is ("fuse:select" in went_on)
+
+
+def test_runs_of_fewer_skills_share_a_directory_if_their_tests_are_the_same(tmp_path: Path) -> None:
+    def opened(**tests: str) -> dict[str, Any]:
+        with _workplace(tmp_path / "bench", {"settings": 1, "tests": tests}):
+            found: dict[str, Any] = json.loads((tmp_path / "bench" / "identity.json").read_text())
+            return found["tests"]
+
+    assert opened(a="1", b="2") == {"a": "1", "b": "2"}
+    assert opened(b="2") == {"a": "1", "b": "2"}
+    assert opened(b="2", c="3") == {"a": "1", "b": "2", "c": "3"}
+    with pytest.raises(OutputError, match="other tests"):
+        opened(a="4", c="3")
 
 
 def test_another_benchmark_is_not_mixed_in(disk: Disk, files: dict[str, Path], finished: Path, tmp_path: Path) -> None:
