@@ -66,6 +66,30 @@ def test_several_retain_sets_are_all_kept() -> None:
         assert change(case, way, slope) == pytest.approx(wanted, abs=2e-2)
 
 
+def test_sets_that_pull_against_each_other_are_kept() -> None:
+    case, up = flat(3), tensor([[1.0, 0.0, 0.0]])
+    slopes = (tensor([[-0.3, 1.0, 0.1]]), tensor([[-0.3, -1.0, 0.1]]))
+    way = held_back(case, (up, up), [retained(slope, 0.05) for slope in slopes], case.start)
+    for slope in slopes:
+        assert change(case, way, slope) == pytest.approx(0.05, abs=5e-3)
+
+
+def test_what_the_bounds_undo_does_not_count() -> None:
+    """Half of the first expert's groups stand at 0: lowering them with the others brings the retain set nothing."""
+    at = tensor([[0.0, 0.0, 5.0, 5.0], [5.0, 5.0, 5.0, 5.0]])
+    level = Levels(
+        start=at,
+        block=torch.zeros(4, dtype=torch.long),
+        weights=(1.0, 0.0, 0.0),
+        ease=torch.ones_like(at),
+        highest=10.0,
+    )
+    slope = tensor([[-1.0] * 4, [-0.2] * 4])
+    up = tensor([[0.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    move = laid_out(level, held_back(level, (up, up), [retained(slope, 0.5)], at))
+    assert float((slope * ((at + 1e-3 * move).clamp(0.0, 10.0) - at)).sum()) / 1e-3 == pytest.approx(0.5, abs=1e-3)
+
+
 @given(st.integers(0, 10_000), st.floats(-2.0, 2.0))
 def test_what_is_wanted_is_brought_or_followed_alone(seed: int, wanted: float) -> None:
     """Three levels, gradients of noisy halves: the change is what is wanted, wherever any step brings that much."""

@@ -1,9 +1,9 @@
 """Merging strategies on one family, each tuned alike, on fresh test prompts: the work behind ``wpmerge bench``.
 
 Every strategy may run the same number of merges on the same tuning prompts, read by the share of the experts' replies
-that is kept, and has the same utility to maximise. Only its winner meets the test prompts: it reads the experts' own
-replies to them, and replies itself, greedily. Finished pieces are lines of ``results.jsonl``; a rerun does what is
-missing.
+that is kept, and has the same utility to maximise (``refine`` runs 10, and more with retain sets; the number is kept).
+Only its winner meets the test prompts: it reads the experts' own replies to them, and replies itself, greedily.
+Finished pieces are lines of ``results.jsonl``; a rerun does what is missing.
 """
 
 import fcntl
@@ -371,9 +371,8 @@ def _workplace(out: Path, identity: Mapping[str, Any]) -> Iterator[None]:
         if not stated.exists():
             write_file(stated, json.dumps(identity, indent=1))
         found = json.loads(stated.read_text())
-        # a run of some of the experts has tests of these alone: what both know of is compared, and all is kept
-        whole = {**identity, "tests": {**found["tests"], **identity["tests"]}}
-        found["tests"] = {**identity["tests"], **found["tests"]}
+        # a run of some of the experts has tests of these alone, which must be among those that are there
+        whole = {**identity, "tests": {**found.get("tests", {}), **identity["tests"]}}
         if different := [name for name in whole if found.get(name) != whole[name]]:
             name = different[0]
             raise OutputError(
@@ -383,8 +382,6 @@ def _workplace(out: Path, identity: Mapping[str, Any]) -> Iterator[None]:
                 expected=json.dumps(whole[name])[:200],
                 mend="repeat what that one was asked, or choose another path",
             )
-        if found["tests"].keys() != json.loads(stated.read_text())["tests"].keys():
-            write_file(stated, json.dumps(whole, indent=1))
         yield
 
 

@@ -157,10 +157,14 @@ def fusing_needs(work: Workload) -> Needs:
     if rule.scale is not None and not rule.calibrate and rule.name != "refine":
         looks = 1
     seconds = (OPENING + MERGING) * work.models
-    again = LEAST_EVALUATIONS + CHECKS if rule.name == "refine" and work.recipe.retain else 0
+    again = 0  # merges run for retain sets, once the steps are taken
+    if rule.name == "refine" and work.recipe.retain:
+        again = max(LEAST_EVALUATIONS, rule.evaluations - looks) + CHECKS
     for name, capability in work.capabilities.items():
-        each, retained = _tokens(capability, settings.reference_tokens, anchor=False), name in work.recipe.retain
-        seconds += FORWARD * settings.held_out * each * (again if retained and again else looks + again)
+        each = _tokens(capability, settings.reference_tokens, anchor=False)
+        retained = bool(again) and name in work.recipe.retain
+        read = (settings.held_out + settings.prompts) * again if retained else settings.held_out * (looks + again)
+        seconds += FORWARD * read * each
         if rule.name == "refine":
             steps = (0 if retained else rule.steps) + (rule.steps // 2 if again else 0)
             seconds += LINEAR * steps * rule.batch * each * work.each_expert

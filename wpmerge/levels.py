@@ -65,7 +65,7 @@ class RefineSettings:
         ranges = {
             "steps": (0, 10_000),
             "batch": (1, 100_000),
-            "rate": (0.0, 100.0),
+            "rate": (1e-9, 100.0),
             "momentum": (0.0, 0.999),
             "ridge": (0.0, 1.0),
             "check": (1, 10_000),

@@ -3,7 +3,7 @@
 At the merge of the moment, one forward and one backward run of all capabilities' prompts give ∂U/∂λ for every expert
 and every group of parameters at once. A step follows the gradient of the utility Σ_f log(ε + min(1, R̂_f)) on a batch of
 prompts, as far as two halves of it agree; prompts that no step sees decide where to stop (docs/method.md, "From scores
-to a merge").
+to a merge"). With retain sets among the prompts it keeps what these may lose (:mod:`wpmerge.retain_steps`).
 
 Shape suffixes: E experts, G groups.
 """
@@ -24,7 +24,7 @@ from wpmerge.calibration import EPSILON, HeldOutReading, Standing, assess, merge
 from wpmerge.coefficients import Grouping, group_scores, squared_norms, tensor_coefficients
 from wpmerge.engine import Engine
 from wpmerge.gradients import Term, directional_sums
-from wpmerge.levels import Levels, Parts, RefineSettings, make_levels, no_parts, together
+from wpmerge.levels import Levels, Parts, RefineSettings, laid_out, make_levels, no_parts, together
 from wpmerge.memory import FLOAT
 from wpmerge.plan import Added, Coefficient, Steps
 from wpmerge.readouts import LogProbReadout, ReplyReadout
@@ -39,7 +39,7 @@ STEP_BYTES = 1 << 29
 """Residual streams that a step holds at once, bytes; those of half of one capability's prompts at least."""
 MARGIN = 0.5
 """Share of the tolerance that steps let a retain set lose: other prompts may lose more."""
-HORIZON = 2.0
+HORIZON = 3.0
 """Steps in which a retain set gets back what it lost too much, or may lose what is left to lose."""
 LEAST_KEPT = 0.05
 """Retention below which a lost skill pulls no harder."""
@@ -76,7 +76,8 @@ class Refined:
         coefficients: λ.
         parts: what was added to the start; λ is their sum, clipped to [0, λ_max], if no retain set had a say.
         standing: of the merge on the held-out prompts.
-        checks: every look at them; the first is the start's, and the best one's coefficients are returned.
+        checks: every look at them, until retain sets had a say; the first is the start's, the best one's coefficients
+            are returned.
         best: number of the best of ``checks``.
         kept: what was done for retain sets afterwards; None for nothing.
     """
@@ -86,7 +87,7 @@ class Refined:
     standing: Standing
     checks: tuple[Check, ...]
     best: int
-    kept: "Kept | None" = None
+    kept: Kept | None = None
 
     def steps(self, experts: Sequence[str]) -> Steps:
         """What was added to each expert's start, as a plan keeps it."""
@@ -181,11 +182,11 @@ class Merging:
         found = [squared_norms(self.layout, self.grouping, self.base, expert) for expert in self.experts.values()]
         return torch.stack(found)
 
-    def slopes(self, merged: WeightSource, terms: Sequence[Term], *, totals: int) -> Float[Tensor, "totals E G"]:
-        """∂/∂λ of each of ``totals`` sums of terms at a merge, from one forward and one backward run."""
+    def slopes(self, merged: WeightSource, terms: Sequence[Term]) -> Float[Tensor, "2 E G"]:
+        """∂/∂λ of the sums of two halves of terms at a merge, from one forward and one backward run."""
         kinds: tuple[Kind, ...] = KINDS if self.grouping.granularity == "unit" else ("tensor", *MODEL_KINDS)
         experts = list(self.experts.values())
-        sums = directional_sums(self.engine, merged, self.base, experts, terms, totals=totals, kinds=kinds)
+        sums = directional_sums(self.engine, merged, self.base, experts, terms, totals=HALVES, kinds=kinds)
         return torch.stack([torch.stack([self._grouped(arrays) for arrays in own]) for own in sums])
 
     def _grouped(self, arrays: UnitArrays) -> Float[Tensor, " G"]:
@@ -237,25 +238,25 @@ def refine(
         if progress is not None:
             progress(step, settings.steps)
         merged = merging.source(together(levels, walk.parts))
-        seen = {name: Seen() for name, reading in prompts.items() if reading.retain}
-        sums = {name: HALVES * (1 + number) for number, name in enumerate(seen)}  # those of the utility come first
-        terms = []
+        utility: list[Term] = []
+        retained = []
         for name, reading in prompts.items():
-            taken = draws[name].take(settings.batch)
-            for half in range(HALVES):
-                some = taken[half::HALVES] or taken
-                terms.append(_term(reading, some, sums.get(name, 0) + half, seen.get(name)))
-        slopes = torch.zeros(HALVES * (1 + len(seen)), *levels.start.shape, dtype=torch.float64)
-        for run in _together(merging, terms):
-            slopes += merging.slopes(merged, run, totals=len(slopes))
-        walk.step(
-            (slopes[0], slopes[1]),
-            {name: ((slopes[place], slopes[place + 1]), seen[name].lost) for name, place in sums.items()},
-            step,
-        )
+            taken, seen = draws[name].take(settings.batch), Seen()
+            terms = [_term(reading, taken[half::HALVES] or taken, half, seen) for half in range(HALVES)]
+            if reading.retain:  # a run of its own: it has a gradient of its own
+                retained.append((_slopes(merging, merged, terms), seen.lost))
+            else:
+                utility += terms
+        walk.step(_slopes(merging, merged, utility), retained, step)
     if progress is not None:
         progress(settings.steps, settings.steps)
     return walk.result()
+
+
+def _slopes(merging: Merging, merged: WeightSource, terms: Sequence[Term]) -> Halves:
+    """The gradient on each half of the prompts, in as many runs as memory asks for."""
+    one, other = torch.stack([merging.slopes(merged, run) for run in _together(merging, terms)]).sum(dim=0)
+    return one, other
 
 
 def _together(merging: Merging, terms: Sequence[Term]) -> list[list[Term]]:
@@ -273,17 +274,16 @@ def _together(merging: Merging, terms: Sequence[Term]) -> list[list[Term]]:
     return found
 
 
-def _term(reading: HeldOutReading, items: Sequence[int], total: int, seen: Seen | None) -> Term:
-    """Some prompts of a capability, a part of the utility, or of a retain set (``seen``), a mean of its own."""
+def _term(reading: HeldOutReading, items: Sequence[int], half: int, seen: Seen) -> Term:
+    """Some prompts: a capability's part of the utility; of a retain set the mean, and ``seen`` keeps what it was."""
     assert isinstance(reading.readout, (LogProbReadout, ReplyReadout)), "steps are taken on references"
     readout = reading.readout.some(items)
     before = reading.base_items[list(items)]
     if reading.expert_items is None:
-        assert seen is not None, "a retain set's change is read on the way"
         weigh = partial(seen.weigh, before=before)
     else:
         weigh = partial(_weigh_skill, before=before, gap=float((reading.expert_items[list(items)] - before).mean()))
-    return Term(rows=pack(readout.sequences, tokens_per_row=TOKENS_PER_ROW), readout=readout, weigh=weigh, total=total)
+    return Term(rows=pack(readout.sequences, tokens_per_row=TOKENS_PER_ROW), readout=readout, weigh=weigh, total=half)
 
 
 def _weigh_skill(
@@ -320,22 +320,23 @@ class _Walk:
             self._best, self._best_check = (worth, parts), len(self._checks) - 1
         return worth
 
-    def step(self, halves: Halves, retained: Mapping[str, tuple[Halves, float]], number: int) -> None:
+    def step(self, halves: Halves, retained: Sequence[tuple[Halves, float]], number: int) -> None:
         """Move, and look at the held-out prompts when it is time; from where they got worse, go back and go slower.
 
         Args:
             halves: ∂U.
-            retained: retain set → the gradient of its log-probability, and what its prompts have lost.
+            retained: of each retain set the gradient of its log-probability, and what its prompts have lost.
             number: of the step.
         """
         settings = self._settings
         rate = self._rate * (1.0 - number / settings.steps)
-        sets = [
-            Retained(slopes=slopes, wanted=(lost - MARGIN * settings.tolerance) / (HORIZON * rate))
-            for slopes, lost in retained.values()
-        ]
+        fresh, carried = 1.0 - settings.momentum, laid_out(self._levels, self._way)
+        sets = []
+        for slopes, lost in retained:
+            wanted = (lost - MARGIN * settings.tolerance) / (HORIZON * rate)  # of the step that is taken
+            brought = settings.momentum * float(((slopes[0] + slopes[1]) / 2 * carried).sum())
+            sets.append(Retained(slopes=slopes, wanted=(wanted - brought) / fresh))
         aim = held_back(self._levels, halves, sets, together(self._levels, self.parts))
-        fresh = 1.0 - settings.momentum
         self._way = no_parts(self._levels).plus(self._way, settings.momentum).plus(aim, fresh)
         self.parts = no_parts(self._levels).plus(self.parts, 1.0 - settings.ridge * rate).plus(self._way, rate)
         if number >= settings.steps // 2:

@@ -134,7 +134,7 @@ def _checked(plan: Plan, layout: Layout, grouping: Grouping) -> Steps | None:
             raise RecipeError(
                 "a plan's steps do not fit the model",
                 where=f"expert {name}",
-                got=f"{len(added.block)} blocks, {len(added.group)} groups",
+                got=f"{len(added.block)} blocks, {len(added.group)} and {len(later)} groups",
                 expected=f"{blocks} blocks, {len(grouping.names)} groups",
                 mend="fuse again",
             )

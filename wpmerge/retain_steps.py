@@ -25,8 +25,8 @@ HIGHEST = 1e6
 """μ beyond which only the retain set is followed, utility per nat."""
 ROUNDS = 24
 """Bisections of μ, on a logarithmic scale."""
-SWEEPS = 6
-"""Over several retain sets, each given the others' multipliers."""
+SWEEPS = 24
+"""Over several retain sets, each given the others' multipliers; fewer once these stand still."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -86,11 +86,16 @@ def held_back(
     def enough(number: int, price: float) -> bool:
         prices[number] = price
         one, other = retained[number].slopes
-        return float(((one + other) / 2 * laid_out(levels, step())).sum()) >= retained[number].wanted
+        move = laid_out(levels, step())
+        stopped = ((coefficients <= 0.0) & (move < 0.0)) | ((coefficients >= levels.highest) & (move > 0.0))
+        return float(((one + other) / 2 * move.masked_fill(stopped, 0.0)).sum()) >= retained[number].wanted
 
-    for _ in range(SWEEPS if len(retained) > 1 else 1):
+    for _ in range(SWEEPS):
+        before = list(prices)
         for number in range(len(retained)):
             prices[number] = _least(partial(enough, number))
+        if len(retained) < 2 or all(math.isclose(*pair, rel_tol=1e-4) for pair in zip(before, prices, strict=True)):
+            break
     return step()
 
 

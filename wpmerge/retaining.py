@@ -2,7 +2,8 @@
 
 What a retain set loses is curved: by its first order at one merge, steps as long as those on the skills miss it by far
 (docs/log.md, "A retain set after the steps"). So it first gets back what it lost, each expert's coefficients being
-multiplied with a factor below 1, and short steps then win back for the skills what they can without it.
+multiplied with a factor below 1; short steps then win back for the skills what they can, and factors near 1 make up
+for what the set has lost in them.
 
 Shape suffixes: E experts, G groups.
 """
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wpmerge.calibration import HeldOutReading, Standing, Tunable, assess, search_numbers
+from wpmerge.calibration import STEPS, HeldOutReading, Standing, Tunable, assess, search_numbers
 from wpmerge.levels import RefineSettings
 from wpmerge.readings import Progress
 from wpmerge.readouts import LogProbReadout
@@ -22,12 +23,18 @@ from wpmerge.refining import Kept, Merging, Refined, refine
 from wpmerge.rows import pack
 from wpmerge.tuning import TOKENS_PER_ROW
 
-FACTORS = (0.35, 0.5, 0.65, 0.8)
+FACTORS = (0.35, 0.5, 0.65, 0.8, 1.0)
 """Of all experts alike, tried first."""
 LEAST_EVALUATIONS = 12
-"""Merges that may be run to find factors, whatever was allowed."""
+"""Merges that may be run to find the first factors, whatever was allowed."""
+AGAIN = 8
+"""Merges that may be run to find factors after the careful steps."""
+FINE = ((0.9, 0.95, 1.0), (0.05, 0.025))
+"""Factors after the careful steps: of all experts alike, and how far one expert's is then moved."""
 RATE = 0.08
 """Of the first step that keeps to the retain sets."""
+LENT = 2.0
+"""Tolerances that a retain set may lose while these steps are taken: factors bring back what is too much."""
 
 
 def keep_to_retain_sets(
@@ -48,11 +55,12 @@ def keep_to_retain_sets(
         prompts: per capability and retain set what steps are taken on.
         held_out: what decides, retain sets included.
         settings: of the steps; half as many are taken again, at a rate of at most :data:`RATE`.
-        evaluations: merges that may be run to find factors; at least :data:`LEAST_EVALUATIONS` may.
+        evaluations: merges that may be run to find the first factors; at least :data:`LEAST_EVALUATIONS` may.
         progress: told what is being done.
 
     Returns:
-        The same if nothing is lost beyond the tolerance; and how many merges were run.
+        The same if nothing is lost beyond the tolerance, and how many merges were run. What the retain sets have lost
+        is read on ``held_out`` either way.
     """
     whole = {
         name: _joined(each, prompts[name]) if each.retain and name in prompts else each
@@ -63,24 +71,45 @@ def keep_to_retain_sets(
         refined.coefficients,
         whole,
         tolerance=settings.tolerance,
-        evaluations=evaluations,
+        evaluations=max(LEAST_EVALUATIONS, evaluations),
         progress=lambda done, total: progress("keeping to the retain sets", done, total),
     )
-    if set(held.factors.values()) == {1.0}:
-        return replace(refined, standing=held.standing), held.evaluations
-    start = by_expert(merging, held.factors) * refined.coefficients
-    found = refine(
-        merging,
-        start,
-        prompts,
-        held_out,
-        replace(settings, steps=settings.steps // 2, rate=min(RATE, settings.rate)),
-        progress=lambda done, total: progress("refining within the retain sets", done, total),
-    )
-    kept = Kept(factors=held.factors, later=found.coefficients - start)
+    run, factors, later = held.evaluations + 1, held.factors, torch.zeros_like(refined.coefficients)
+    if held.needed and settings.steps > 1:
+        start = by_expert(merging, factors) * refined.coefficients
+        careful = replace(
+            settings, steps=settings.steps // 2, rate=min(RATE, settings.rate), tolerance=LENT * settings.tolerance
+        )
+        found = refine(
+            merging,
+            start,
+            prompts,
+            held_out,
+            careful,
+            progress=lambda done, total: progress("refining within the retain sets", done, total),
+        )
+        again = hold_back(
+            merging,
+            found.coefficients,
+            whole,
+            tolerance=settings.tolerance,
+            evaluations=AGAIN,
+            progress=lambda done, total: progress("keeping to the retain sets again", done, total),
+            fine=True,
+        )
+        run += len(found.checks) + again.evaluations
+        if again.standing.worth(settings.tolerance) > held.standing.worth(settings.tolerance):
+            factors = {name: held.factors[name] * again.factors[name] for name in held.factors}
+            later = by_expert(merging, again.factors) * (found.coefficients - start)
+    coefficients = by_expert(merging, factors) * refined.coefficients + later
     return (
-        replace(refined, coefficients=found.coefficients, standing=found.standing, kept=kept),
-        held.evaluations + len(found.checks),
+        replace(
+            refined,
+            coefficients=coefficients,
+            standing=assess(merging.engine, merging.source(coefficients), held_out),
+            kept=Kept(factors=factors, later=later) if held.needed else None,
+        ),
+        run,
     )
 
 
@@ -91,11 +120,13 @@ class Held:
     Attributes:
         factors: expert → within [0, 1].
         standing: of the merge with them.
+        needed: whether a retain set has lost more than the tolerance without them.
         evaluations: merges that were run.
     """
 
     factors: Mapping[str, float]
     standing: Standing
+    needed: bool
     evaluations: int
 
 
@@ -107,6 +138,7 @@ def hold_back(
     tolerance: float,
     evaluations: int,
     progress: Callable[[int, int], None],
+    fine: bool = False,
 ) -> Held:
     """Find a factor for each expert at which no retain set loses more than the tolerance, and skills keep most.
 
@@ -115,31 +147,37 @@ def hold_back(
         coefficients: λ, as steps that know nothing of retain sets found it.
         readings: held-out prompts of the skills, and the retain sets.
         tolerance: nats per token below the base.
-        evaluations: merges that may be run; at least :data:`LEAST_EVALUATIONS` may.
+        evaluations: merges that may be run.
         progress: called with the merges run and allowed.
+        fine: look near 1 only.
 
     Returns:
-        Factors of 1 if nothing is lost beyond the tolerance.
+        The best factors that were tried, all 1 among them; no others are tried if nothing is lost beyond the tolerance.
     """
-    experts, allowed, done = tuple(merging.experts), max(LEAST_EVALUATIONS, evaluations), 0
+    experts, done = tuple(merging.experts), 0
+    whole = dict.fromkeys(experts, 1.0)
 
     def evaluate(factors: Mapping[str, float]) -> Standing:
         nonlocal done
+        if done and factors == whole:
+            return free
         merged = merging.source(by_expert(merging, factors) * coefficients)
         standing = assess(merging.engine, merged, readings)
         done += 1
-        progress(done, allowed)
+        progress(done, evaluations)
         return standing
 
-    factors = dict.fromkeys(experts, 1.0)
-    standing = evaluate(factors)
-    if standing.excess(tolerance) > 0.0:
-        common = Tunable(names=experts, high=1.0, grid=FACTORS, steps=())
-        each = [Tunable(names=(name,), high=1.0) for name in sorted(experts)]  # in whatever order they were named
-        factors, standing = search_numbers(
-            factors, [common, *each], evaluate, lambda found: found.worth(tolerance), evaluations=allowed - 1
-        )
-    return Held(factors=factors, standing=standing, evaluations=done)
+    free = evaluate(whole)
+    needed = free.excess(tolerance) > 0.0
+    if not needed:
+        return Held(factors=whole, standing=free, needed=needed, evaluations=done)
+    grid, steps = FINE if fine else (FACTORS, STEPS)
+    common = Tunable(names=experts, high=1.0, grid=grid, steps=())
+    each = [Tunable(names=(name,), high=1.0, steps=steps) for name in sorted(experts)]  # however they were ordered
+    factors, standing = search_numbers(
+        whole, [common, *each], evaluate, lambda found: found.worth(tolerance), evaluations=evaluations
+    )
+    return Held(factors=factors, standing=standing, needed=needed, evaluations=done)
 
 
 def by_expert(merging: Merging, factors: Mapping[str, float]) -> Float[Tensor, "E 1"]:

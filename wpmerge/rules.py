@@ -77,7 +77,8 @@ class FuseSettings:
         ridge: of ``refine``, see :class:`~wpmerge.refining.RefineSettings`.
         tolerance: what a merge may lose on a retain set, nats per token.
         max_coefficient: λ_max.
-        evaluations: merges run on the held-out prompts to choose the numbers, at least 1.
+        evaluations: merges run on the held-out prompts to choose the numbers, at least 1. On top come what ``refine``
+            needs to look where its steps are, and with retain sets up to 20 merges for factors.
         seed: of ``refine``'s batches.
 
     Raises:
