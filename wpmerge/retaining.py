@@ -144,7 +144,7 @@ def hold_back(
 
     Args:
         merging: what is merged.
-        coefficients: λ, as steps that know nothing of retain sets found it.
+        coefficients: λ before the factors.
         readings: held-out prompts of the skills, and the retain sets.
         tolerance: nats per token below the base.
         evaluations: merges that may be run.

@@ -239,24 +239,24 @@ def coefficients_for(
     if settings.rule != "refine":
         scales, numbers, standing, used = _choose(rule, readings, given, tell)
         return rule.outcome(scales, numbers, standing=standing, evaluations=used)
-    skills, retained = _apart(readings)
+    skills = _skills(readings)
     scales, numbers, _, used = _choose(rule, skills, given, tell)
     tell("refining", 0, settings.steps)
-    scored, more = _apart(prompts() if prompts is not None else scored_readings(family, scores, names))
+    steps_on = prompts() if prompts is not None else scored_readings(family, scores, names)
     refined = refine(
         rule.merging,
         rule.values(scales, numbers),
-        scored,
+        _skills(steps_on),
         skills,
         settings.refine_settings,
         progress=lambda done, total: tell("refining", done, total),
     )
     used += len(refined.checks)
-    if retained:
+    if len(skills) < len(readings):
         refined, tried = keep_to_retain_sets(
             rule.merging,
             refined,
-            {**scored, **more},
+            steps_on,
             readings,
             settings.refine_settings,
             evaluations=settings.evaluations - used,
@@ -266,12 +266,9 @@ def coefficients_for(
     return rule.outcome(scales, numbers, standing=refined.standing, evaluations=used, refined=refined)
 
 
-def _apart(
-    readings: Mapping[str, HeldOutReading],
-) -> tuple[dict[str, HeldOutReading], dict[str, HeldOutReading]]:
-    """Skills, and retain sets."""
-    skills = {name: each for name, each in readings.items() if not each.retain}
-    return skills, {name: each for name, each in readings.items() if each.retain}
+def _skills(readings: Mapping[str, HeldOutReading]) -> dict[str, HeldOutReading]:
+    """All but the retain sets."""
+    return {name: each for name, each in readings.items() if not each.retain}
 
 
 class _Rule:
