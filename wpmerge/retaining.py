@@ -25,16 +25,16 @@ from wpmerge.tuning import TOKENS_PER_ROW
 
 FACTORS = (0.35, 0.5, 0.65, 0.8, 1.0)
 """Of all experts alike, tried first."""
-LEAST_EVALUATIONS = 12
+LEAST_EVALUATIONS = 16
 """Merges that may be run to find the first factors, whatever was allowed."""
-AGAIN = 8
+AGAIN = 12
 """Merges that may be run to find factors after the careful steps."""
-FINE = ((0.9, 0.95, 1.0), (0.05, 0.025))
+FINE = ((0.7, 0.8, 0.9, 0.95, 1.0), (0.05, 0.025))
 """Factors after the careful steps: of all experts alike, and how far one expert's is then moved."""
 RATE = 0.08
 """Of the first step that keeps to the retain sets."""
 LENT = 2.0
-"""Tolerances that a retain set may lose while these steps are taken: factors bring back what is too much."""
+"""Tolerances that a retain set may lose from the first factors on: those after the steps bring back what is too much."""
 
 
 def keep_to_retain_sets(
@@ -54,7 +54,7 @@ def keep_to_retain_sets(
         refined: where those steps ended.
         prompts: per capability and retain set what steps are taken on.
         held_out: what decides, retain sets included.
-        settings: of the steps; half as many are taken again, at a rate of at most :data:`RATE`.
+        settings: of the steps; as many are taken again, at a rate of at most :data:`RATE`.
         evaluations: merges that may be run to find the first factors; at least :data:`LEAST_EVALUATIONS` may.
         progress: told what is being done.
 
@@ -71,6 +71,7 @@ def keep_to_retain_sets(
         refined.coefficients,
         whole,
         tolerance=settings.tolerance,
+        lent=LENT if settings.steps > 1 else 1.0,
         evaluations=max(LEAST_EVALUATIONS, evaluations),
         progress=lambda done, total: progress("keeping to the retain sets", done, total),
     )
@@ -78,7 +79,7 @@ def keep_to_retain_sets(
     if held.needed and settings.steps > 1:
         start = by_expert(merging, factors) * refined.coefficients
         careful = replace(
-            settings, steps=settings.steps // 2, rate=min(RATE, settings.rate), tolerance=LENT * settings.tolerance
+            settings, rate=min(RATE, settings.rate), tolerance=LENT * settings.tolerance
         )
         found = refine(
             merging,
@@ -138,9 +139,10 @@ def hold_back(
     tolerance: float,
     evaluations: int,
     progress: Callable[[int, int], None],
+    lent: float = 1.0,
     fine: bool = False,
 ) -> Held:
-    """Find a factor for each expert at which no retain set loses more than the tolerance, and skills keep most.
+    """Find a factor for each expert at which no retain set loses more than it may, and skills keep most.
 
     Args:
         merging: what is merged.
@@ -149,6 +151,7 @@ def hold_back(
         tolerance: nats per token below the base.
         evaluations: merges that may be run.
         progress: called with the merges run and allowed.
+        lent: tolerances that may be lost if more than one is lost without factors.
         fine: look near 1 only.
 
     Returns:
@@ -175,7 +178,7 @@ def hold_back(
     common = Tunable(names=experts, high=1.0, grid=grid, steps=())
     each = [Tunable(names=(name,), high=1.0, steps=steps) for name in sorted(experts)]  # however they were ordered
     factors, standing = search_numbers(
-        whole, [common, *each], evaluate, lambda found: found.worth(tolerance), evaluations=evaluations
+        whole, [common, *each], evaluate, lambda found: found.worth(lent * tolerance), evaluations=evaluations
     )
     return Held(factors=factors, standing=standing, needed=needed, evaluations=done)
 
