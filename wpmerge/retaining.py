@@ -34,7 +34,7 @@ FINE = ((0.7, 0.8, 0.9, 0.95, 1.0), (0.05, 0.025))
 RATE = 0.08
 """Of the first step that keeps to the retain sets."""
 LENT = 2.0
-"""Tolerances that a retain set may lose from the first factors on: those after the steps bring back what is too much."""
+"""Tolerances that a retain set may lose while these steps are taken: factors bring back what is too much."""
 
 
 def keep_to_retain_sets(
@@ -71,16 +71,13 @@ def keep_to_retain_sets(
         refined.coefficients,
         whole,
         tolerance=settings.tolerance,
-        lent=LENT if settings.steps > 1 else 1.0,
         evaluations=max(LEAST_EVALUATIONS, evaluations),
         progress=lambda done, total: progress("keeping to the retain sets", done, total),
     )
     run, factors, later = held.evaluations + 1, held.factors, torch.zeros_like(refined.coefficients)
     if held.needed and settings.steps > 1:
         start = by_expert(merging, factors) * refined.coefficients
-        careful = replace(
-            settings, rate=min(RATE, settings.rate), tolerance=LENT * settings.tolerance
-        )
+        careful = replace(settings, rate=min(RATE, settings.rate), tolerance=LENT * settings.tolerance)
         found = refine(
             merging,
             start,
@@ -139,10 +136,9 @@ def hold_back(
     tolerance: float,
     evaluations: int,
     progress: Callable[[int, int], None],
-    lent: float = 1.0,
     fine: bool = False,
 ) -> Held:
-    """Find a factor for each expert at which no retain set loses more than it may, and skills keep most.
+    """Find a factor for each expert at which no retain set loses more than the tolerance, and skills keep most.
 
     Args:
         merging: what is merged.
@@ -151,7 +147,6 @@ def hold_back(
         tolerance: nats per token below the base.
         evaluations: merges that may be run.
         progress: called with the merges run and allowed.
-        lent: tolerances that may be lost if more than one is lost without factors.
         fine: look near 1 only.
 
     Returns:
@@ -178,7 +173,7 @@ def hold_back(
     common = Tunable(names=experts, high=1.0, grid=grid, steps=())
     each = [Tunable(names=(name,), high=1.0, steps=steps) for name in sorted(experts)]  # however they were ordered
     factors, standing = search_numbers(
-        whole, [common, *each], evaluate, lambda found: found.worth(lent * tolerance), evaluations=evaluations
+        whole, [common, *each], evaluate, lambda found: found.worth(tolerance), evaluations=evaluations
     )
     return Held(factors=factors, standing=standing, needed=needed, evaluations=done)
 
