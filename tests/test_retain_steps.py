@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wpmerge.levels import Levels, Parts, direction, laid_out
-from wpmerge.retain_steps import HIGHEST, Retained, Seen, held_back
+from wpmerge.retain_steps import HIGHEST, Known, Retained, held_back
 
 
 def tensor(rows: object) -> Tensor:
@@ -110,9 +110,10 @@ def test_what_is_wanted_is_brought_or_followed_alone(seed: int, wanted: float) -
     assert reached >= min(wanted, most) - 1e-4 * max(1.0, abs(most))
 
 
-def test_what_was_seen_is_the_mean_of_losses_and_gains() -> None:
-    seen = Seen()
-    weights = seen.weigh(torch.tensor([-1.0, -2.0]), before=tensor([-1.5, -1.0]))
-    seen.weigh(torch.tensor([-3.0]), before=tensor([-1.0]))
+def test_what_a_set_lost_is_known_of_all_its_prompts() -> None:
+    """Of those that a step reads as they are now, of the others as they were."""
+    known = Known(changes=tensor([-0.5, 0.0, 0.0, 1.0]))
+    weights = known.weigh(torch.tensor([-1.0, -2.0]), before=tensor([-1.5, -1.0]), items=[2, 1])
     assert weights.tolist() == [0.5, 0.5]
-    assert seen.lost == pytest.approx((-0.5 + 1.0 + 2.0) / 3)
+    assert known.changes.tolist() == [-0.5, -1.0, 0.5, 1.0]
+    assert known.lost == 0.0

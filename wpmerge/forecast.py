@@ -166,7 +166,7 @@ def fusing_needs(work: Workload) -> Needs:
         read = (settings.held_out + settings.prompts) * again if retained else settings.held_out * (looks + again)
         seconds += FORWARD * read * each
         if rule.name == "refine":
-            steps = (0 if retained else rule.steps) + (rule.steps // 2 if again else 0)
+            steps = (0 if retained else rule.steps) + (rule.steps if again else 0)
             seconds += LINEAR * steps * rule.batch * each * work.each_expert
     sizes = {"float32": 4, "bfloat16": 2, "float16": 2}
     wanted = work.recipe.output.dtype

@@ -27,8 +27,8 @@ from wpmerge.gradients import Term, directional_sums
 from wpmerge.levels import Levels, Parts, RefineSettings, laid_out, make_levels, no_parts, together
 from wpmerge.memory import FLOAT
 from wpmerge.plan import Added, Coefficient, Steps
-from wpmerge.readouts import LogProbReadout, ReplyReadout
-from wpmerge.retain_steps import Halves, Retained, Seen, held_back
+from wpmerge.readouts import LogProbReadout, ReplyReadout, measure
+from wpmerge.retain_steps import Halves, Known, Retained, held_back
 from wpmerge.rows import pack
 from wpmerge.weights import Weights, WeightSource
 
@@ -232,6 +232,7 @@ def refine(
         name: _Draw(count=reading.readout.items, chance=random.Random(f"{settings.seed}/{name}"))
         for name, reading in prompts.items()
     }
+    known = _known(merging, start, prompts)
     walk = _Walk(merging, levels, held_out, settings)
     walk.look(no_parts(levels), 0)
     for step in range(settings.steps):
@@ -241,16 +242,30 @@ def refine(
         utility: list[Term] = []
         retained = []
         for name, reading in prompts.items():
-            taken, seen = draws[name].take(settings.batch), Seen()
-            terms = [_term(reading, taken[half::HALVES] or taken, half, seen) for half in range(HALVES)]
+            taken = draws[name].take(settings.batch)
+            terms = [_term(reading, taken[half::HALVES] or taken, half, known.get(name)) for half in range(HALVES)]
             if reading.retain:  # a run of its own: it has a gradient of its own
-                retained.append((_slopes(merging, merged, terms), seen.lost))
+                retained.append((_slopes(merging, merged, terms), known[name].lost))
             else:
                 utility += terms
         walk.step(_slopes(merging, merged, utility), retained, step)
     if progress is not None:
         progress(settings.steps, settings.steps)
     return walk.result()
+
+
+def _known(
+    merging: Merging, start: Float[Tensor, "E G"], prompts: Mapping[str, HeldOutReading]
+) -> dict[str, Known]:
+    """What the prompts of every retain set have changed by before the first step."""
+    sets = {name: reading for name, reading in prompts.items() if reading.retain}
+    if not sets:
+        return {}
+    merged = merging.source(start)
+    return {
+        name: Known(changes=measure(merging.engine, merged, each.rows, each.readout).double().cpu() - each.base_items)
+        for name, each in sets.items()
+    }
 
 
 def _slopes(merging: Merging, merged: WeightSource, terms: Sequence[Term]) -> Halves:
@@ -274,14 +289,15 @@ def _together(merging: Merging, terms: Sequence[Term]) -> list[list[Term]]:
     return found
 
 
-def _term(reading: HeldOutReading, items: Sequence[int], half: int, seen: Seen) -> Term:
-    """Some prompts: a capability's part of the utility; of a retain set the mean, and ``seen`` keeps what it was."""
+def _term(reading: HeldOutReading, items: Sequence[int], half: int, known: Known | None) -> Term:
+    """Some prompts: a capability's part of the utility; of a retain set the mean, and what they were is known then."""
     assert isinstance(reading.readout, (LogProbReadout, ReplyReadout)), "steps are taken on references"
     readout = reading.readout.some(items)
     before = reading.base_items[list(items)]
-    if reading.expert_items is None:
-        weigh = partial(seen.weigh, before=before)
+    if known is not None:
+        weigh = partial(known.weigh, before=before, items=items)
     else:
+        assert reading.expert_items is not None, "a capability has an expert"
         weigh = partial(_weigh_skill, before=before, gap=float((reading.expert_items[list(items)] - before).mean()))
     return Term(rows=pack(readout.sequences, tokens_per_row=TOKENS_PER_ROW), readout=readout, weigh=weigh, total=half)
 
@@ -325,7 +341,7 @@ class _Walk:
 
         Args:
             halves: ∂U.
-            retained: of each retain set the gradient of its log-probability, and what its prompts have lost.
+            retained: of each retain set the gradient of its log-probability on some prompts, and what all have lost.
             number: of the step.
         """
         settings = self._settings

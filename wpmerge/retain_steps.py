@@ -9,7 +9,7 @@ Shape suffixes: E experts, G groups.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -42,25 +42,27 @@ class Retained:
     wanted: float
 
 
-@dataclass(slots=True, kw_only=True)
-class Seen:
-    """What a step's prompts of a retain set have changed by, as far as they were read.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Known:
+    """What a retain set's prompts have changed by, each when it was last read: few at a time say little of them all.
 
     Attributes:
-        changes: log-probability minus the base's, nats per token, each half's by itself.
+        changes: log-probability minus the base's, nats per token.
     """
 
-    changes: list[Float[Tensor, " items"]] = field(default_factory=list)
+    changes: Float[Tensor, " items"]
 
-    def weigh(self, values: Float[Tensor, " items"], *, before: Float[Tensor, " items"]) -> Float[Tensor, " items"]:
-        """The derivative of a mean; remembers what was read."""
-        self.changes.append(values.double().cpu() - before)
+    def weigh(
+        self, values: Float[Tensor, " some"], *, before: Float[Tensor, " some"], items: Sequence[int]
+    ) -> Float[Tensor, " some"]:
+        """The derivative of the mean of some prompts; remembers what was read."""
+        self.changes[list(items)] = values.double().cpu() - before
         return torch.full_like(before, 1.0 / len(before))
 
     @property
     def lost(self) -> float:
         """Nats per token below the base, losses and gains together."""
-        return -float(torch.cat(self.changes).mean())
+        return -float(self.changes.mean())
 
 
 def held_back(

@@ -25,11 +25,11 @@ from wpmerge.tuning import TOKENS_PER_ROW
 
 FACTORS = (0.35, 0.5, 0.65, 0.8, 1.0)
 """Of all experts alike, tried first."""
-LEAST_EVALUATIONS = 12
+LEAST_EVALUATIONS = 16
 """Merges that may be run to find the first factors, whatever was allowed."""
-AGAIN = 8
+AGAIN = 12
 """Merges that may be run to find factors after the careful steps."""
-FINE = ((0.9, 0.95, 1.0), (0.05, 0.025))
+FINE = ((0.7, 0.8, 0.9, 0.95, 1.0), (0.05, 0.025))
 """Factors after the careful steps: of all experts alike, and how far one expert's is then moved."""
 RATE = 0.08
 """Of the first step that keeps to the retain sets."""
@@ -54,7 +54,7 @@ def keep_to_retain_sets(
         refined: where those steps ended.
         prompts: per capability and retain set what steps are taken on.
         held_out: what decides, retain sets included.
-        settings: of the steps; half as many are taken again, at a rate of at most :data:`RATE`.
+        settings: of the steps; as many are taken again, at a rate of at most :data:`RATE`.
         evaluations: merges that may be run to find the first factors; at least :data:`LEAST_EVALUATIONS` may.
         progress: told what is being done.
 
@@ -77,9 +77,7 @@ def keep_to_retain_sets(
     run, factors, later = held.evaluations + 1, held.factors, torch.zeros_like(refined.coefficients)
     if held.needed and settings.steps > 1:
         start = by_expert(merging, factors) * refined.coefficients
-        careful = replace(
-            settings, steps=settings.steps // 2, rate=min(RATE, settings.rate), tolerance=LENT * settings.tolerance
-        )
+        careful = replace(settings, rate=min(RATE, settings.rate), tolerance=LENT * settings.tolerance)
         found = refine(
             merging,
             start,

@@ -78,7 +78,7 @@ class FuseSettings:
         tolerance: what a merge may lose on a retain set, nats per token.
         max_coefficient: λ_max.
         evaluations: merges run on the held-out prompts to choose the numbers, at least 1. On top come what ``refine``
-            needs to look where its steps are, and with retain sets up to 20 merges for factors.
+            needs to look where its steps are, and with retain sets up to 28 merges for factors.
         seed: of ``refine``'s batches.
 
     Raises:
