@@ -254,9 +254,7 @@ def refine(
     return walk.result()
 
 
-def _known(
-    merging: Merging, start: Float[Tensor, "E G"], prompts: Mapping[str, HeldOutReading]
-) -> dict[str, Known]:
+def _known(merging: Merging, start: Float[Tensor, "E G"], prompts: Mapping[str, HeldOutReading]) -> dict[str, Known]:
     """What the prompts of every retain set have changed by before the first step."""
     sets = {name: reading for name, reading in prompts.items() if reading.retain}
     if not sets:
