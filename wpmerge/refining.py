@@ -256,13 +256,11 @@ def refine(
 
 def _known(merging: Merging, start: Float[Tensor, "E G"], prompts: Mapping[str, HeldOutReading]) -> dict[str, Known]:
     """What the prompts of every retain set have changed by before the first step."""
-    sets = {name: reading for name, reading in prompts.items() if reading.retain}
-    if not sets:
-        return {}
     merged = merging.source(start)
     return {
         name: Known(changes=measure(merging.engine, merged, each.rows, each.readout).double().cpu() - each.base_items)
-        for name, each in sets.items()
+        for name, each in prompts.items()
+        if each.retain
     }
 
 
