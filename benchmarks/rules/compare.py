@@ -6,6 +6,7 @@
 Each seed scores the family anew, on its own draw of prompts; what is left of them chooses numbers. Read is the share of
 the gap in log-probability of the experts' own replies (retention) that a merge keeps on test prompts in other wordings.
 With --retain there is a retain set, plain questions, and what the merge loses on others of them, nats per token.
+What OUT already has of a variant and seed is not run again: a killed run goes on, and others may be added.
 The last line is JSON: per variant mean and minimum retention with their range over seeds, and differences to `scaled`.
 """
 
@@ -14,25 +15,32 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.reporting import conditions
+from benchmarks.reporting import commit, conditions
+from wpmerge.activation import PATCHED, activation_effects
+from wpmerge.arch import Kind
 from wpmerge.bench_controls import shuffled
 from wpmerge.calibration import HeldOutReading, Standing, assess, merged_source, read_held_out
 from wpmerge.coefficients import Rule
 from wpmerge.fusing import FuseSettings, open_scored_family
 from wpmerge.models import Family, continuations
+from wpmerge.output import write_file
 from wpmerge.readings import ScoreSettings
 from wpmerge.readouts import LogProbReadout
+from wpmerge.roles import roles_of
 from wpmerge.rows import pack
 from wpmerge.rules import RuleOutcome, coefficients_for
 from wpmerge.scores import Scores, load_scores
 from wpmerge.scoring import score
+from wpmerge.tuning import scored_readings
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "wpmerge" / "demo_family"
@@ -97,7 +105,10 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-Variant = tuple[FuseSettings, Callable[[Scores], Scores]]
+Activation = Callable[[], Mapping[tuple[str, Kind], Tensor]]
+"""Expert and kind → A(u) [layers, units], a share of the expert's gap."""
+Change = Callable[[Scores, Activation], Scores]
+Variant = tuple[FuseSettings, Change]
 
 
 def variants() -> dict[str, Variant]:
@@ -120,6 +131,8 @@ def variants() -> dict[str, Variant]:
         found[f"{rule} unit, shuffled scores"] = (calibrated, _shuffled_scores)
         found[f"{rule} unit, necessity scores"] = (calibrated, _instead("linear-necessity"))
         found[f"{rule} unit, integrated scores"] = (calibrated, _instead("integrated"))
+        found[f"{rule} unit, activation effects"] = (calibrated, _activation_effects)
+        found[f"{rule} unit, only units with a role"] = (calibrated, _only_roles)
     for steps, batch in ((8, 12), (16, 4), (16, 8), (32, 12)):
         found[f"refine unit, {steps} steps of {batch}"] = (FuseSettings(rule="refine", steps=steps, batch=batch), _same)
     found["refine unit, ridge .05"] = (FuseSettings(rule="refine", ridge=0.05), _same)
@@ -128,17 +141,17 @@ def variants() -> dict[str, Variant]:
     return found
 
 
-def _same(scores: Scores) -> Scores:
+def _same(scores: Scores, _: Activation) -> Scores:
     return scores
 
 
-def _instead(estimator: str) -> Callable[[Scores], Scores]:
+def _instead(estimator: str) -> Change:
     """Other scores of an expert on its own capability in the place of the linear ones."""
 
-    def other(scores: Scores) -> Scores:
+    def other(scores: Scores, _: Activation) -> Scores:
         arrays = dict(scores.arrays)
         for key in scores.arrays:
-            first, _, rest = key.partition("/")
+            first, rest = key.split("/", 1)
             if first == estimator:
                 arrays[f"linear/{rest}"] = scores.arrays[key]
         return replace(scores, arrays=arrays)
@@ -146,29 +159,63 @@ def _instead(estimator: str) -> Callable[[Scores], Scores]:
     return other
 
 
-def _without_cross(scores: Scores) -> Scores:
+def _activation_effects(scores: Scores, activation: Activation) -> Scores:
+    """What patching a head's or neuron's activation brings back, in the place of what patching its weights does."""
+    arrays = {f"linear/{expert}/{expert}/{kind}": array for (expert, kind), array in activation().items()}
+    return replace(scores, arrays={**scores.arrays, **arrays})
+
+
+def _only_roles(scores: Scores, activation: Activation) -> Scores:
+    """Sources with their score, relays with their activation's effect, every other head and neuron with 0.
+
+    The readout is the log-probability after the last layer, so that no unit comes after it: there is no execution.
+    """
+    arrays = dict(scores.arrays)
+    for (expert, kind), effect in activation().items():
+        key = f"linear/{expert}/{expert}/{kind}"
+        weights = scores.arrays[key].double()
+        found = roles_of(weights, effect, effect, layer=len(effect))
+        relayed = torch.where(found["aggregation"], effect, torch.zeros_like(effect))
+        arrays[key] = torch.where(found["source"], weights, relayed)
+    return replace(scores, arrays=arrays)
+
+
+def activation_shares(family: Family, scores: Scores) -> dict[tuple[str, Kind], Tensor]:
+    """A(u) of every expert on the log-probability of its own replies to the scored prompts, as a share of its gap."""
+    found: dict[tuple[str, Kind], Tensor] = {}
+    for name, reading in scored_readings(family, scores, tuple(scores.experts)).items():
+        if name in scores.experts:
+            effects = activation_effects(
+                family.engine, family.weights[""], family.weights[name], reading.rows, reading.readout
+            )
+            gap = reading.expert - reading.base
+            found |= {(name, kind): effects[kind].double() / gap for kind in PATCHED}
+    return found
+
+
+def _without_cross(scores: Scores, _: Activation) -> Scores:
     """Every expert's effect on the others' capabilities said to be 0."""
     arrays = {}
     for key, array in scores.arrays.items():
-        _, label, expert, _ = key.split("/")
+        label, expert = key.split("/")[1:3]
         arrays[key] = array if label in (expert, RETAIN) else torch.zeros_like(array)
     return replace(scores, arrays=arrays)
 
 
-def _shuffled_scores(scores: Scores) -> Scores:
+def _shuffled_scores(scores: Scores, _: Activation) -> Scores:
     """Scores dealt anew among the units of a kind, alike for all capabilities."""
     arrays = {}
     for key, array in scores.arrays.items():
-        _, _, expert, kind = key.split("/")
+        expert, kind = key.split("/")[2:]
         generator = torch.Generator().manual_seed(sum(map(ord, expert + kind)))
         arrays[key] = array.flatten()[torch.randperm(array.numel(), generator=generator)].view(array.shape)
     return replace(scores, arrays=arrays)
 
 
-def _first(count: int) -> Callable[[Scores], Scores]:
+def _first(count: int) -> Change:
     """Only so many prompts to take steps on, and half as many to stop by."""
 
-    def fewer(scores: Scores) -> Scores:
+    def fewer(scores: Scores, _: Activation) -> Scores:
         records = {}
         for name, record in scores.capabilities.items():
             held, kept = record.held_out, max(4, count // 2)
@@ -252,36 +299,39 @@ def entry(name: str, seed: int, outcome: RuleOutcome, found: Standing, seconds: 
         "evaluations": outcome.evaluations,
         "chosen": outcome.record,
         "seconds": round(seconds, 1),
+        "commit": commit(),
     }
 
 
 def run_seed(
     setup: Setup, seed: int, work: Path, wanted: Mapping[str, Variant], *, retain: bool
-) -> list[dict[str, Any]]:
-    """Every variant on one draw; a line each on stderr."""
+) -> Iterator[dict[str, Any]]:
+    """Every variant on one draw, as each is found; a line each on stderr."""
     questions = plain_questions(setup, work) if retain else None
     scores = load_scores(scores_of(setup, seed, work, questions[0] if questions else None))
     family = open_scored_family(scores, {}, device="cpu", resident=True, trust_remote_code=False)
     tests = {**setup.tests, **({RETAIN: questions[1]} if questions else {})}
     readings = test_readings(family, tests, work)
     experts = {name: family.weights[name] for name in scores.experts}
-    entries = []
+    activation = cache(partial(activation_shares, family, scores))
     for name, (settings, change) in wanted.items():
+        changed = change(scores, activation)
         began = time.monotonic()
-        outcome = coefficients_for(replace(settings, seed=seed), family, change(scores))
+        outcome = coefficients_for(replace(settings, seed=seed), family, changed)
         spent = time.monotonic() - began
         many = {name: outcome.coefficients}
         if name in ("refine unit", "joint unit"):
             many[f"{name}, its coefficients shuffled"] = shuffled(family.layout, outcome.coefficients, seed=seed)
         for label, coefficients in many.items():
             merged = merged_source(family.engine, family.weights[""], experts, coefficients)
-            entries.append(entry(label, seed, outcome, assess(family.engine, merged, readings), spent))
-            last = entries[-1]
-            kept = " ".join(f"{value:.3f}" for value in last["test"].values())
-            lost = " ".join(f"{value:+.3f}" for value in last["lost"].values())
-            text = f"{seed} {label}: {kept} mean {last['mean']:.3f} min {last['minimum']:.3f} lost {lost} {spent:.0f} s"
+            found = entry(label, seed, outcome, assess(family.engine, merged, readings), spent)
+            kept = " ".join(f"{value:.3f}" for value in found["test"].values())
+            lost = " ".join(f"{value:+.3f}" for value in found["lost"].values())
+            text = (
+                f"{seed} {label}: {kept} mean {found['mean']:.3f} min {found['minimum']:.3f} lost {lost} {spent:.0f} s"
+            )
             print(text, file=sys.stderr, flush=True)
-    return entries
+            yield found
 
 
 def summary(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -321,19 +371,29 @@ def main() -> None:
     wanted = {name: each for name, each in variants().items() if not given.only or name in ("scaled", *given.only)}
     work = given.work / given.family
     work.mkdir(parents=True, exist_ok=True)
-    entries: list[dict[str, Any]] = []
+    if given.out is not None:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+    known = given.out is not None and given.out.exists()
+    entries: list[dict[str, Any]] = json.loads(given.out.read_text(encoding="utf-8"))["entries"] if known else []
+    result = partial(_result, given.family, setup)
     for seed in given.seeds:
-        entries += run_seed(setup, seed, work, wanted, retain=given.retain)
-    result = {
+        have = {found["variant"] for found in entries if found["seed"] == seed}
+        left = {name: each for name, each in wanted.items() if name not in have}
+        for found in run_seed(setup, seed, work, left, retain=given.retain) if left else ():
+            entries.append(found)
+            if given.out is not None:
+                text = json.dumps({**result(entries), "entries": entries}, indent=1) + "\n"
+                write_file(given.out, text.encode())
+    print(json.dumps(result(entries)))
+
+
+def _result(family: str, setup: Setup, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
         "question": __doc__.splitlines()[0],
-        "family": given.family,
+        "family": family,
         "summary": summary(entries),
         "conditions": conditions(threads=torch.get_num_threads(), prompts=setup.prompts_count, held_out=setup.held_out),
     }
-    if given.out is not None:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps({**result, "entries": entries}, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":
