@@ -16,7 +16,7 @@ from wpmerge.memory import HELD_BYTES, least_memory, resident_bytes, resident_we
 from wpmerge.models import layout_from
 from wpmerge.options import byte_size
 from wpmerge.reliability import CANDIDATES
-from wpmerge.retaining import LEAST_EVALUATIONS
+from wpmerge.retaining import AGAIN, LEAST_EVALUATIONS
 from wpmerge.run_recipe import EVALUATED, Judging, RunRecipe
 from wpmerge.sources import Source, itemsize, parameters, shapes_of
 
@@ -159,7 +159,7 @@ def fusing_needs(work: Workload) -> Needs:
     seconds = (OPENING + MERGING) * work.models
     again = 0  # merges run for retain sets, once the steps are taken
     if rule.name == "refine" and work.recipe.retain:
-        again = max(LEAST_EVALUATIONS, rule.evaluations - looks) + CHECKS
+        again = max(LEAST_EVALUATIONS, rule.evaluations - looks) + CHECKS + AGAIN
     for name, capability in work.capabilities.items():
         each = _tokens(capability, settings.reference_tokens, anchor=False)
         retained = bool(again) and name in work.recipe.retain

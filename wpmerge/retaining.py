@@ -75,7 +75,7 @@ def keep_to_retain_sets(
         progress=lambda done, total: progress("keeping to the retain sets", done, total),
     )
     run, factors, later = held.evaluations + 1, held.factors, torch.zeros_like(refined.coefficients)
-    if held.needed and settings.steps > 1:
+    if held.needed and settings.steps:
         start = by_expert(merging, factors) * refined.coefficients
         careful = replace(settings, rate=min(RATE, settings.rate), tolerance=LENT * settings.tolerance)
         found = refine(
