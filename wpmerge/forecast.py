@@ -159,7 +159,7 @@ def fusing_needs(work: Workload) -> Needs:
     seconds = (OPENING + MERGING) * work.models
     again = 0  # merges run for retain sets, once the steps are taken
     if rule.name == "refine" and work.recipe.retain:
-        again = max(LEAST_EVALUATIONS, rule.evaluations - looks) + CHECKS + AGAIN
+        again = max(LEAST_EVALUATIONS, rule.evaluations - looks) + (CHECKS + AGAIN if rule.steps else 0)
     for name, capability in work.capabilities.items():
         each = _tokens(capability, settings.reference_tokens, anchor=False)
         retained = bool(again) and name in work.recipe.retain

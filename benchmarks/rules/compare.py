@@ -1,32 +1,31 @@
 """What does each rule keep, at each granularity, on prompts that nothing was chosen on?
 
-    python -m benchmarks.rules.compare [--family demo] [--work DIR] [--seeds 0 1 2] [--only NAME …] [--retain]
-        [--out FILE]
+    python -m benchmarks.rules.compare --work DIR [--family demo] [--seeds 0 1 2] [--only NAME …] [--retain]
+        [--out OUT]
 
 Each seed scores the family anew, on its own draw of prompts; what is left of them chooses numbers. Read is the share of
 the gap in log-probability of the experts' own replies (retention) that a merge keeps on test prompts in other wordings.
 With --retain there is a retain set, plain questions, and what the merge loses on others of them, nats per token.
-What OUT already has of a variant and seed is not run again: a killed run goes on, and others may be added.
+What OUT has of a variant and seed is not run again: a killed run goes on, and others may be added.
 The last line is JSON: per variant mean and minimum retention with their range over seeds, and differences to `scaled`.
 """
 
 import argparse
+import hashlib
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.reporting import commit, conditions
+from benchmarks.reporting import conditions
 from wpmerge.activation import PATCHED, activation_effects
-from wpmerge.arch import Kind
 from wpmerge.bench_controls import shuffled
 from wpmerge.calibration import HeldOutReading, Standing, assess, merged_source, read_held_out
 from wpmerge.coefficients import Rule
@@ -34,7 +33,7 @@ from wpmerge.fusing import FuseSettings, open_scored_family
 from wpmerge.models import Family, continuations
 from wpmerge.output import write_file
 from wpmerge.readings import ScoreSettings
-from wpmerge.readouts import LogProbReadout
+from wpmerge.readouts import LogProbReadout, ReplyReadout
 from wpmerge.roles import roles_of
 from wpmerge.rows import pack
 from wpmerge.rules import RuleOutcome, coefficients_for
@@ -46,7 +45,11 @@ ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "wpmerge" / "demo_family"
 REPLY = 80
 RETAIN = "plain"
+QUESTION = "What does each rule keep, at each granularity, on prompts that nothing was chosen on?"
 SHARES: tuple[Rule, ...] = ("proportional", "select")
+ACTIVATION = "activation"
+BEHIND = 1e-6
+"""What scores of units without a role are multiplied with, to come after all that have one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,9 +108,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-Activation = Callable[[], Mapping[tuple[str, Kind], Tensor]]
-"""Expert and kind → A(u) [layers, units], a share of the expert's gap."""
-Change = Callable[[Scores, Activation], Scores]
+Change = Callable[[Scores], Scores]
 Variant = tuple[FuseSettings, Change]
 
 
@@ -132,7 +133,7 @@ def variants() -> dict[str, Variant]:
         found[f"{rule} unit, necessity scores"] = (calibrated, _instead("linear-necessity"))
         found[f"{rule} unit, integrated scores"] = (calibrated, _instead("integrated"))
         found[f"{rule} unit, activation effects"] = (calibrated, _activation_effects)
-        found[f"{rule} unit, only units with a role"] = (calibrated, _only_roles)
+    found["select unit, units with a role first"] = (FuseSettings(rule="select", calibrate=True), _roles_first)
     for steps, batch in ((8, 12), (16, 4), (16, 8), (32, 12)):
         found[f"refine unit, {steps} steps of {batch}"] = (FuseSettings(rule="refine", steps=steps, batch=batch), _same)
     found["refine unit, ridge .05"] = (FuseSettings(rule="refine", ridge=0.05), _same)
@@ -141,14 +142,14 @@ def variants() -> dict[str, Variant]:
     return found
 
 
-def _same(scores: Scores, _: Activation) -> Scores:
+def _same(scores: Scores) -> Scores:
     return scores
 
 
 def _instead(estimator: str) -> Change:
     """Other scores of an expert on its own capability in the place of the linear ones."""
 
-    def other(scores: Scores, _: Activation) -> Scores:
+    def other(scores: Scores) -> Scores:
         arrays = dict(scores.arrays)
         for key in scores.arrays:
             first, rest = key.split("/", 1)
@@ -159,41 +160,54 @@ def _instead(estimator: str) -> Change:
     return other
 
 
-def _activation_effects(scores: Scores, activation: Activation) -> Scores:
-    """What patching a head's or neuron's activation brings back, in the place of what patching its weights does."""
-    arrays = {f"linear/{expert}/{expert}/{kind}": array for (expert, kind), array in activation().items()}
-    return replace(scores, arrays={**scores.arrays, **arrays})
+def _activations(scores: Scores) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Of every expert's heads and neurons on its own replies: the key of R(u), R(u) and A(u)."""
+    for key, effect in scores.arrays.items():
+        estimator, rest = key.split("/", 1)
+        if estimator == ACTIVATION:
+            yield f"linear/{rest}", scores.arrays[f"linear/{rest}"].double(), effect.double()
 
 
-def _only_roles(scores: Scores, activation: Activation) -> Scores:
-    """Sources with their score, relays with their activation's effect, every other head and neuron with 0.
+def _activation_effects(scores: Scores) -> Scores:
+    """A(u) in the place of R(u), each kind's sum made that of R(u).
 
-    The readout is the log-probability after the last layer, so that no unit comes after it: there is no execution.
+    A(u) counts again in every layer what an earlier one has sent: as it is, heads and neurons would stand before all
+    kinds that have none.
     """
     arrays = dict(scores.arrays)
-    for (expert, kind), effect in activation().items():
-        key = f"linear/{expert}/{expert}/{kind}"
-        weights = scores.arrays[key].double()
-        found = roles_of(weights, effect, effect, layer=len(effect))
-        relayed = torch.where(found["aggregation"], effect, torch.zeros_like(effect))
-        arrays[key] = torch.where(found["source"], weights, relayed)
+    for key, weights, effect in _activations(scores):
+        arrays[key] = effect * weights.clamp_min(0).sum() / effect.clamp_min(0).sum()
     return replace(scores, arrays=arrays)
 
 
-def activation_shares(family: Family, scores: Scores) -> dict[tuple[str, Kind], Tensor]:
-    """A(u) of every expert on the log-probability of its own replies to the scored prompts, as a share of its gap."""
-    found: dict[tuple[str, Kind], Tensor] = {}
-    for name, reading in scored_readings(family, scores, tuple(scores.experts)).items():
-        if name in scores.experts:
-            effects = activation_effects(
-                family.engine, family.weights[""], family.weights[name], reading.rows, reading.readout
-            )
-            gap = reading.expert - reading.base
-            found |= {(name, kind): effects[kind].double() / gap for kind in PATCHED}
-    return found
+def _roles_first(scores: Scores) -> Scores:
+    """Heads and neurons with a role before all others, which keep their order: sources by R(u), relays by A(u).
+
+    The readout comes after the last layer, so that no unit comes after it: there is no execution.
+    """
+    arrays = dict(scores.arrays)
+    for key, weights, effect in _activations(scores):
+        found = roles_of(weights, effect, effect, layer=len(effect))
+        relays = torch.where(found["aggregation"], effect, BEHIND * weights)
+        arrays[key] = torch.where(found["source"], weights, relays)
+    return replace(scores, arrays=arrays)
 
 
-def _without_cross(scores: Scores, _: Activation) -> Scores:
+def with_activation(family: Family, scores: Scores) -> Scores:
+    """The scores with A(u) of each expert on the log-probability of its own replies, as a share of its gap."""
+    arrays = dict(scores.arrays)
+    known = {name: record for name, record in scores.capabilities.items() if name in scores.experts}
+    for name, reading in scored_readings(family, replace(scores, capabilities=known), tuple(scores.experts)).items():
+        assert isinstance(reading.readout, ReplyReadout), "experts are read by the replies that a merge keeps"
+        models = (family.weights[""], family.weights[name])
+        own = read_held_out(family.engine, *models, reading.readout.own, reading.rows)
+        effects = activation_effects(family.engine, *models, own.rows, own.readout)
+        for kind in PATCHED:
+            arrays[f"{ACTIVATION}/{name}/{name}/{kind}"] = effects[kind].double() / (own.expert - own.base)
+    return replace(scores, arrays=arrays)
+
+
+def _without_cross(scores: Scores) -> Scores:
     """Every expert's effect on the others' capabilities said to be 0."""
     arrays = {}
     for key, array in scores.arrays.items():
@@ -202,7 +216,7 @@ def _without_cross(scores: Scores, _: Activation) -> Scores:
     return replace(scores, arrays=arrays)
 
 
-def _shuffled_scores(scores: Scores, _: Activation) -> Scores:
+def _shuffled_scores(scores: Scores) -> Scores:
     """Scores dealt anew among the units of a kind, alike for all capabilities."""
     arrays = {}
     for key, array in scores.arrays.items():
@@ -215,7 +229,7 @@ def _shuffled_scores(scores: Scores, _: Activation) -> Scores:
 def _first(count: int) -> Change:
     """Only so many prompts to take steps on, and half as many to stop by."""
 
-    def fewer(scores: Scores, _: Activation) -> Scores:
+    def fewer(scores: Scores) -> Scores:
         records = {}
         for name, record in scores.capabilities.items():
             held, kept = record.held_out, max(4, count // 2)
@@ -299,29 +313,29 @@ def entry(name: str, seed: int, outcome: RuleOutcome, found: Standing, seconds: 
         "evaluations": outcome.evaluations,
         "chosen": outcome.record,
         "seconds": round(seconds, 1),
-        "commit": commit(),
     }
 
 
 def run_seed(
     setup: Setup, seed: int, work: Path, wanted: Mapping[str, Variant], *, retain: bool
-) -> Iterator[dict[str, Any]]:
-    """Every variant on one draw, as each is found; a line each on stderr."""
+) -> Iterator[list[dict[str, Any]]]:
+    """Every variant on one draw, as each is found, its control beside it; a line each on stderr."""
     questions = plain_questions(setup, work) if retain else None
     scores = load_scores(scores_of(setup, seed, work, questions[0] if questions else None))
     family = open_scored_family(scores, {}, device="cpu", resident=True, trust_remote_code=False)
     tests = {**setup.tests, **({RETAIN: questions[1]} if questions else {})}
     readings = test_readings(family, tests, work)
     experts = {name: family.weights[name] for name in scores.experts}
-    activation = cache(partial(activation_shares, family, scores))
+    if any("activation" in name or "role" in name for name in wanted):
+        scores = with_activation(family, scores)
     for name, (settings, change) in wanted.items():
-        changed = change(scores, activation)
         began = time.monotonic()
-        outcome = coefficients_for(replace(settings, seed=seed), family, changed)
+        outcome = coefficients_for(replace(settings, seed=seed), family, change(scores))
         spent = time.monotonic() - began
         many = {name: outcome.coefficients}
         if name in ("refine unit", "joint unit"):
             many[f"{name}, its coefficients shuffled"] = shuffled(family.layout, outcome.coefficients, seed=seed)
+        entries = []
         for label, coefficients in many.items():
             merged = merged_source(family.engine, family.weights[""], experts, coefficients)
             found = entry(label, seed, outcome, assess(family.engine, merged, readings), spent)
@@ -331,7 +345,8 @@ def run_seed(
                 f"{seed} {label}: {kept} mean {found['mean']:.3f} min {found['minimum']:.3f} lost {lost} {spent:.0f} s"
             )
             print(text, file=sys.stderr, flush=True)
-            yield found
+            entries.append(found)
+        yield entries
 
 
 def summary(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -340,7 +355,7 @@ def summary(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in dict.fromkeys(e["variant"] for e in entries):
         own = [e for e in entries if e["variant"] == name]
-        found[name] = {}
+        found[name] = {"seeds": [e["seed"] for e in own]}
         for field in ("mean", "minimum"):
             values = [e[field] for e in own]
             over = [e[field] - seeds["scaled", e["seed"]][field] for e in own if ("scaled", e["seed"]) in seeds]
@@ -371,29 +386,30 @@ def main() -> None:
     wanted = {name: each for name, each in variants().items() if not given.only or name in ("scaled", *given.only)}
     work = given.work / given.family
     work.mkdir(parents=True, exist_ok=True)
-    if given.out is not None:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-    known = given.out is not None and given.out.exists()
-    entries: list[dict[str, Any]] = json.loads(given.out.read_text(encoding="utf-8"))["entries"] if known else []
-    result = partial(_result, given.family, setup)
+    identity = {
+        "family": given.family,
+        "retain": given.retain,
+        "scored": setup.prompts_count,
+        "held_out": setup.held_out,
+        "tests": hashlib.sha256(json.dumps(setup.tests).encode()).hexdigest(),
+    }
+    entries: list[dict[str, Any]] = []
+    if given.out is not None and given.out.exists():
+        known = json.loads(given.out.read_text(encoding="utf-8"))
+        if known.get("identity") != identity:
+            parser.error(f"--out {given.out} is of {known.get('identity')}, not of {identity}: give another")
+        entries = known["entries"]
+    made = conditions(threads=torch.get_num_threads())
     for seed in given.seeds:
         have = {found["variant"] for found in entries if found["seed"] == seed}
         left = {name: each for name, each in wanted.items() if name not in have}
         for found in run_seed(setup, seed, work, left, retain=given.retain) if left else ():
-            entries.append(found)
+            entries += [{**each, "conditions": made} for each in found]
             if given.out is not None:
-                text = json.dumps({**result(entries), "entries": entries}, indent=1) + "\n"
-                write_file(given.out, text.encode())
-    print(json.dumps(result(entries)))
-
-
-def _result(family: str, setup: Setup, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {
-        "question": __doc__.splitlines()[0],
-        "family": family,
-        "summary": summary(entries),
-        "conditions": conditions(threads=torch.get_num_threads(), prompts=setup.prompts_count, held_out=setup.held_out),
-    }
+                given.out.parent.mkdir(parents=True, exist_ok=True)
+                text = {"question": QUESTION, "identity": identity, "summary": summary(entries), "entries": entries}
+                write_file(given.out, json.dumps(text, indent=1) + "\n")
+    print(json.dumps({"question": QUESTION, "identity": identity, "summary": summary(entries), "conditions": made}))
 
 
 if __name__ == "__main__":
