@@ -135,7 +135,7 @@ def test_what_is_held_at_once_does_not_matter(demo: Family, monkeypatch: pytest.
     case = of_demo(demo, "block")
     start = torch.full((3, len(case.grouping.names)), 0.6, dtype=torch.float64)
     prompts, settings = readings(demo, 0, 4), RefineSettings(steps=1, batch=4, check=1)
-    prompts |= {"plain": _base_replies(demo, 8, 4)}
+    prompts |= {"plain": _base_replies(demo, 8, 8)}
     runs, whole = [], Merging.slopes
     monkeypatch.setattr(Merging, "slopes", lambda *given: runs.append(len(given[2])) or whole(*given))
     found = []
@@ -229,6 +229,20 @@ def test_a_merge_is_kept_to_a_retain_set_and_the_rest_won_back(demo: Family) -> 
         torch.testing.assert_close(again, found.coefficients[number].float(), atol=1e-5, rtol=0)
     untouched, once = keep(dataclasses.replace(settings, tolerance=1e3))
     assert untouched.kept is None and once == 2 and torch.equal(untouched.coefficients, merge)
+
+
+def test_one_step_is_taken_within_the_retain_sets_and_none_where_none_is_asked_for(demo: Family) -> None:
+    case = of_demo(demo, "block")
+    merge = torch.full((3, len(case.grouping.names)), 0.8, dtype=torch.float64)
+    both = {**readings(demo, 0, 2), "plain": _base_replies(demo, 8, 8)}
+    for steps in (0, 1):
+        settings = RefineSettings(steps=steps, batch=2, check=1, tolerance=0.001)
+        free = refine(case, merge, readings(demo, 0, 2), readings(demo, 0, 2), RefineSettings(steps=0))
+        said: list[str] = []
+        keep_to_retain_sets(
+            case, free, both, both, settings, evaluations=1, progress=lambda *new, said=said: said.append(new[0])
+        )
+        assert ("refining within the retain sets" in said) is bool(steps)
 
 
 def _base_replies(demo: Family, first: int, count: int) -> HeldOutReading:
