@@ -150,22 +150,17 @@ def _instead(estimator: str) -> Change:
     """Other scores of an expert on its own capability in the place of the linear ones."""
 
     def other(scores: Scores) -> Scores:
-        arrays = dict(scores.arrays)
-        for key in scores.arrays:
-            first, rest = key.split("/", 1)
-            if first == estimator:
-                arrays[f"linear/{rest}"] = scores.arrays[key]
-        return replace(scores, arrays=arrays)
+        return replace(scores, arrays={**scores.arrays, **{key: found for key, _, found in _beside(scores, estimator)}})
 
     return other
 
 
-def _activations(scores: Scores) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Of every expert's heads and neurons on its own replies: the key of R(u), R(u) and A(u)."""
-    for key, effect in scores.arrays.items():
-        estimator, rest = key.split("/", 1)
-        if estimator == ACTIVATION:
-            yield f"linear/{rest}", scores.arrays[f"linear/{rest}"].double(), effect.double()
+def _beside(scores: Scores, estimator: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Wherever an estimator has numbers: the key of the linear scores there, these, and its own."""
+    for key, found in scores.arrays.items():
+        first, rest = key.split("/", 1)
+        if first == estimator:
+            yield f"linear/{rest}", scores.arrays[f"linear/{rest}"], found
 
 
 def _activation_effects(scores: Scores) -> Scores:
@@ -175,7 +170,7 @@ def _activation_effects(scores: Scores) -> Scores:
     kinds that have none.
     """
     arrays = dict(scores.arrays)
-    for key, weights, effect in _activations(scores):
+    for key, weights, effect in _beside(scores, ACTIVATION):
         arrays[key] = effect * weights.clamp_min(0).sum() / effect.clamp_min(0).sum()
     return replace(scores, arrays=arrays)
 
@@ -186,7 +181,7 @@ def _roles_first(scores: Scores) -> Scores:
     The readout comes after the last layer, so that no unit comes after it: there is no execution.
     """
     arrays = dict(scores.arrays)
-    for key, weights, effect in _activations(scores):
+    for key, weights, effect in _beside(scores, ACTIVATION):
         found = roles_of(weights, effect, effect, layer=len(effect))
         relays = torch.where(found["aggregation"], effect, BEHIND * weights)
         arrays[key] = torch.where(found["source"], weights, relays)
