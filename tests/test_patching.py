@@ -42,8 +42,10 @@ def naive_value(model: torch.nn.Module, readout: Readout) -> float:
 
 
 @torch.no_grad()
-def naive_effect(base: torch.nn.Module, expert: torch.nn.Module, layout: Layout, unit: Unit, readout: Readout) -> float:
-    before = naive_value(base, readout)
+def swapped_value(
+    base: torch.nn.Module, expert: torch.nn.Module, layout: Layout, unit: Unit, readout: Readout
+) -> float:
+    """F with one unit's weights from the expert; the base is as before afterwards."""
     kept = {name: value.clone() for name, value in base.named_parameters()}
     source = dict(expert.named_parameters())
     for piece in layout.slices(unit):
@@ -57,7 +59,7 @@ def naive_effect(base: torch.nn.Module, expert: torch.nn.Module, layout: Layout,
     after = naive_value(base, readout)
     for name, value in base.named_parameters():
         value.copy_(kept[name])
-    return after - before
+    return after
 
 
 def expert_with_gap(model_type: str, base: torch.nn.Module, readout: Readout, dtype: torch.dtype) -> torch.nn.Module:
@@ -88,14 +90,16 @@ def test_exact_is_naive_swap_and_rerun(model_type: str, reading: str, dtype: tor
     if dtype == torch.float32:
         units = units[::4]
     effects = exact(engine, weights, ModelWeights.of(expert), rows, readout, units, batch_tokens=70).mean(dim=1)
-    gap = abs(naive_value(expert, readout) - naive_value(base, readout))
-    assert abs(float(measure(engine, weights, rows, readout).mean()) - naive_value(base, readout)) < tolerance * gap
+    before = naive_value(base, readout)
+    gap = abs(naive_value(expert, readout) - before)
+    assert abs(float(measure(engine, weights, rows, readout).mean()) - before) < tolerance * gap
     for unit, effect in zip(units, effects.tolist(), strict=True):
         invisible = unit.layer > readout.layer or (unit.kind in ("final_norm", "lm_head") and not readout.reads_output)
         if invisible:
             assert math.isnan(effect), f"{unit} has no score under this readout, and so NaN"
         else:
-            assert abs(effect - naive_effect(base, expert, layout, unit, readout)) <= tolerance * gap, str(unit)
+            after = swapped_value(base, expert, layout, unit, readout)
+            assert abs(effect - (after - before)) <= tolerance * gap, str(unit)
 
 
 def test_batches_passes_and_packing_do_not_matter() -> None:

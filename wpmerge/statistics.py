@@ -177,17 +177,22 @@ def retention(
     """
     if not skills:
         raise ValueError("retention needs at least one skill")
-    values, draws = [], []
-    seeds = {name: seed + index for index, name in enumerate(dict.fromkeys(s.documents for s in skills.values()))}
-    for skill in skills.values():
-        triple = [skill.base, skill.expert, skill.merged]
-        values.append(retained_fraction(*(np.array(mean_score(each)) for each in triple)).item())
-        draws.append(retained_fraction(*bootstrap_scores(triple, resamples=resamples, seed=seeds[skill.documents])))
-    table, samples = np.array(values), np.stack(draws)
+    values: dict[str, float] = {}
+    draws: dict[str, Float[np.ndarray, " resamples"]] = {}
+    for number, documents in enumerate(dict.fromkeys(skill.documents for skill in skills.values())):
+        paired = {
+            name: [skill.base, skill.expert, skill.merged]
+            for name, skill in skills.items()
+            if skill.documents == documents
+        }
+        outcomes = [each for triple in paired.values() for each in triple]
+        scores = bootstrap_scores(outcomes, resamples=resamples, seed=seed + number)
+        for (name, triple), drawn in zip(paired.items(), scores.reshape(len(paired), 3, -1), strict=True):
+            values[name] = retained_fraction(*(np.array(mean_score(each)) for each in triple)).item()
+            draws[name] = retained_fraction(*drawn)
+    table, samples = np.array([values[name] for name in skills]), np.stack([draws[name] for name in skills])
     return Retention(
-        skills={
-            name: percentile_interval(values[index], samples[index], confidence) for index, name in enumerate(skills)
-        },
+        skills={name: percentile_interval(values[name], draws[name], confidence) for name in skills},
         mean=percentile_interval(float(table.mean()), samples.mean(axis=0), confidence),
         minimum=percentile_interval(float(table.min()), samples.min(axis=0), confidence),
     )
