@@ -15,7 +15,20 @@ MATHS = ("arch", "weights", "rows", "engine", "readouts", "anchor", "attribution
 CHOICES = ("screening", "coefficients", "calibration", "operators")
 install_import_hook([f"wpmerge.{module}" for module in MATHS + CHOICES], "shapecheck.checked")
 
-LONGEST = ("demo", "family", "scoring", "faults", "proving", "bench", "kernels", "docs", "cli", "cli_report")
+LONGEST = (
+    "demo",
+    "family",
+    "scoring",
+    "patching",
+    "refining",
+    "proving",
+    "faults",
+    "bench",
+    "kernels",
+    "docs",
+    "cli",
+    "cli_report",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
