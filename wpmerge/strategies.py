@@ -197,11 +197,12 @@ OURS: Mapping[str, Ours] = {
     "fuse:select": Ours(settings=FuseSettings(rule="select", calibrate=True)),
     "fuse:joint": Ours(settings=FuseSettings(rule="joint", calibrate=True)),
     "fuse:refine-expert": Ours(settings=FuseSettings(rule="refine", granularity="expert")),
+    "fuse:refine-tensor": Ours(settings=FuseSettings(rule="refine", granularity="tensor")),
     "fuse:refine": Ours(settings=FuseSettings(rule="refine")),
     "fuse:refine+retain": Ours(settings=FuseSettings(rule="refine"), retain=True),
 }
 """Strategy → rule. ``refine-expert`` is one scale per expert, found as ``refine`` finds its coefficients: what finer
-coefficients add to it is not owed to prompts or search."""
+coefficients add to it is not owed to prompts or search. ``refine-tensor`` is as fine as mergekit's recipes can be."""
 
 SAME_AS_RIVALS = ("fuse:uniform", "fuse:scaled")
 """Rules whose merges are those of a rival's; run only when asked for by name."""

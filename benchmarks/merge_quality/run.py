@@ -36,6 +36,7 @@ DEMO = ROOT / "wpmerge" / "demo_family"
 SMOLLM2_STRATEGIES = (
     "scaled",
     "fuse:refine-expert",
+    "fuse:refine-tensor",
     "fuse:refine",
     "fuse:refine/shuffled",
     "fuse:refine/norm",
