@@ -170,6 +170,21 @@ def test_skills_of_the_same_documents_are_resampled_together() -> None:
     assert apart.mean.high - apart.mean.low > 0.1
 
 
+def test_skills_of_as_many_documents_share_a_draw_and_others_have_their_own() -> None:
+    base, expert, merged = [0.0] * 20, [1.0] * 20, [1.0, 0.0] * 10
+    skills = {
+        "x": skill("a", base, expert, merged),
+        "y": skill("b", base, expert, merged),
+        "z": skill("a", base, expert, merged),
+        "fewer": skill("a", base[:8], expert[:8], merged[:8]),  # a group's metric that some of its tasks lack
+    }
+    found = retention(skills).skills
+    assert list(found) == list(skills)
+    assert found["x"] == found["z"] == retention({"x": skills["x"]}).skills["x"]
+    assert found["y"] == retention({"y": skills["y"]}, seed=1).skills["y"]
+    assert found["fewer"] == retention({"fewer": skills["fewer"]}).skills["fewer"]
+
+
 def test_retention_is_undefined_where_the_expert_is_no_better() -> None:
     result = retention({"s": skill("a", [1.0, 0.0], [1.0, 0.0], [1.0, 1.0])})
     assert all(math.isnan(x) for x in (result.skills["s"].value, result.mean.value, result.minimum.low))

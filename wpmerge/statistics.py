@@ -177,17 +177,18 @@ def retention(
     """
     if not skills:
         raise ValueError("retention needs at least one skill")
+    seeds: dict[str, int] = {}
+    paired: dict[tuple[str, int, tuple[int, ...]], dict[str, list[Outcomes]]] = {}
+    for name, skill in skills.items():
+        seeds.setdefault(skill.documents, seed + len(seeds))
+        same = (skill.documents, len(skill.base.trials), skill.base.strata)  # a group's metrics may cover fewer tasks
+        paired.setdefault(same, {})[name] = [skill.base, skill.expert, skill.merged]
     values: dict[str, float] = {}
     draws: dict[str, Float[np.ndarray, " resamples"]] = {}
-    for number, documents in enumerate(dict.fromkeys(skill.documents for skill in skills.values())):
-        paired = {
-            name: [skill.base, skill.expert, skill.merged]
-            for name, skill in skills.items()
-            if skill.documents == documents
-        }
-        outcomes = [each for triple in paired.values() for each in triple]
-        scores = bootstrap_scores(outcomes, resamples=resamples, seed=seed + number)
-        for (name, triple), drawn in zip(paired.items(), scores.reshape(len(paired), 3, -1), strict=True):
+    for (documents, *_), triples in paired.items():
+        outcomes = [each for triple in triples.values() for each in triple]
+        scores = bootstrap_scores(outcomes, resamples=resamples, seed=seeds[documents])
+        for (name, triple), drawn in zip(triples.items(), scores.reshape(len(triples), 3, -1), strict=True):
             values[name] = retained_fraction(*(np.array(mean_score(each)) for each in triple)).item()
             draws[name] = retained_fraction(*drawn)
     table, samples = np.array([values[name] for name in skills]), np.stack([draws[name] for name in skills])

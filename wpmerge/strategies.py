@@ -202,7 +202,8 @@ OURS: Mapping[str, Ours] = {
     "fuse:refine+retain": Ours(settings=FuseSettings(rule="refine"), retain=True),
 }
 """Strategy → rule. ``refine-expert`` is one scale per expert, found as ``refine`` finds its coefficients: what finer
-coefficients add to it is not owed to prompts or search. ``refine-tensor`` is as fine as mergekit's recipes can be."""
+coefficients add to it is not owed to prompts or search. ``refine-tensor`` is as fine as a recipe of the experts
+alone can be in mergekit."""
 
 SAME_AS_RIVALS = ("fuse:uniform", "fuse:scaled")
 """Rules whose merges are those of a rival's; run only when asked for by name."""
