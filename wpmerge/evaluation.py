@@ -201,7 +201,7 @@ class Evaluation:
         for metric in self.models[self.reference].scores:
             outcomes = [self._outcomes(name, metric) for name in self.models]
             if (own := outcomes[0]) is not None and all(each is not None for each in outcomes):
-                documents = (metric.partition("/")[0], len(own.trials), own.strata)
+                documents = (metric.partition("/")[0], own.sizes)
                 together.setdefault(documents, []).append(metric)
         for metrics in together.values():
             self._task_differences(metrics, found, seed)

@@ -32,6 +32,11 @@ class Outcomes:
     trials: Float[np.ndarray, " documents"]
     strata: tuple[int, ...] = ()
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sizes of the document sets, in order: outcomes with the same can be drawn together."""
+        return self.strata or (len(self.trials),)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
@@ -114,7 +119,7 @@ def pooled(parts: Sequence[Outcomes], *, by_size: bool) -> Outcomes:
     return Outcomes(
         successes=np.concatenate([part.successes * scale for part, scale in zip(parts, scales, strict=True)]),
         trials=np.concatenate([part.trials * scale for part, scale in zip(parts, scales, strict=True)]),
-        strata=tuple(size for part in parts for size in part.strata or (len(part.trials),)),
+        strata=tuple(size for part in parts for size in part.sizes),
     )
 
 
@@ -129,9 +134,9 @@ def bootstrap_scores(
         ValueError: the outcomes are not of the same documents.
     """
     documents = len(outcomes[0].trials)
-    strata = outcomes[0].strata or (documents,)
-    sizes = [(len(each.successes), len(each.trials), each.strata or (documents,)) for each in outcomes]
-    if any(each != (documents, documents, strata) for each in sizes):
+    sizes = outcomes[0].sizes
+    found = [(len(each.successes), len(each.trials), each.sizes) for each in outcomes]
+    if any(each != (documents, documents, sizes) for each in found):
         raise ValueError("paired outcomes need the same documents")
     generator = np.random.default_rng(seed)
     successes = np.stack([each.successes for each in outcomes])
@@ -140,7 +145,7 @@ def bootstrap_scores(
     chunk = max(1, _CHUNK_ELEMENTS // documents)
     for start in range(0, resamples, chunk):
         size = min(chunk, resamples - start)
-        drawn = [generator.multinomial(n, np.full(n, 1 / n), size=size) for n in strata]
+        drawn = [generator.multinomial(n, np.full(n, 1 / n), size=size) for n in sizes]
         weights = np.concatenate(drawn, axis=1).T.astype(float)
         with np.errstate(invalid="ignore", divide="ignore"):
             scores[:, start : start + size] = (successes @ weights) / (trials @ weights)
@@ -178,14 +183,14 @@ def retention(
     if not skills:
         raise ValueError("retention needs at least one skill")
     seeds: dict[str, int] = {}
-    paired: dict[tuple[str, int, tuple[int, ...]], dict[str, list[Outcomes]]] = {}
+    paired: dict[tuple[str, tuple[int, ...]], dict[str, list[Outcomes]]] = {}
     for name, skill in skills.items():
         seeds.setdefault(skill.documents, seed + len(seeds))
-        same = (skill.documents, len(skill.base.trials), skill.base.strata)  # a group's metrics may cover fewer tasks
-        paired.setdefault(same, {})[name] = [skill.base, skill.expert, skill.merged]
+        same = paired.setdefault((skill.documents, skill.base.sizes), {})  # a group's metrics may cover fewer tasks
+        same[name] = [skill.base, skill.expert, skill.merged]
     values: dict[str, float] = {}
     draws: dict[str, Float[np.ndarray, " resamples"]] = {}
-    for (documents, *_), triples in paired.items():
+    for (documents, _), triples in paired.items():
         outcomes = [each for triple in triples.values() for each in triple]
         scores = bootstrap_scores(outcomes, resamples=resamples, seed=seeds[documents])
         for (name, triple), drawn in zip(triples.items(), scores.reshape(len(triples), 3, -1), strict=True):
