@@ -27,6 +27,7 @@ from wpmerge.bench_results import BASE_MODEL, EXPERT_MODEL, ResultFile
 from wpmerge.bench_setup import BenchSettings
 from wpmerge.bench_table import Measure, make_cell
 from wpmerge.cli_bench import cell_table, markdown
+from wpmerge.plan import BASE
 from wpmerge.readings import ScoreSettings
 from wpmerge.scoring import score
 from wpmerge.strategies import RIVALS
@@ -147,6 +148,7 @@ def run(
         place / "bench",
         tests={name: tests / f"{name}.jsonl" for name in family.skills},
         retain=tests / "retain.jsonl",
+        models={BASE: str(family.models / "base"), **{name: str(family.models / name) for name in family.skills}},
         settings=BenchSettings(**{**fields, **changes}),
         progress=_say,
     )
