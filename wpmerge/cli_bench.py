@@ -78,7 +78,7 @@ def bench(
             metavar="N",
             min=1,
             help="After the first seed only the N best rivals and the N best rules go on, by mean and by minimum; "
-            "uniform and scaled always. Default: all.",
+            "uniform, scaled and fuse:refine-expert always. Default: all.",
         ),
     ] = None,
     max_new_tokens: Annotated[

@@ -208,5 +208,5 @@ alone can be in mergekit."""
 SAME_AS_RIVALS = ("fuse:uniform", "fuse:scaled")
 """Rules whose merges are those of a rival's; run only when asked for by name."""
 
-ALWAYS = ("uniform", "scaled")
-"""Rivals that are run on every seed: what a merge is compared with first."""
+ALWAYS = ("uniform", "scaled", "fuse:refine-expert")
+"""What is run on every seed: one scale for all, and one per expert, by search and by ``refine``'s own steps."""
