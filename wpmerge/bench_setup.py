@@ -42,8 +42,8 @@ class BenchSettings:
         generate: judge generated replies; otherwise log-probabilities alone.
         batch_size: prompts that are generated together.
         finalists: how many rivals, and how many rules of ours, go on to the seeds after the first: those that kept most
-            on its tuning prompts, by mean and by minimum; ``uniform``, ``scaled`` and ``fuse:refine-expert`` always, and
-            a rule's controls with it. None for all. No test prompt has a say in it.
+            on its tuning prompts, by mean and by minimum; ``uniform``, ``scaled`` and ``fuse:refine-expert``
+            always, and a rule's controls with it. None for all. No test prompt has a say in it.
         label: what every line of results bears, such as a commit.
     """
 
