@@ -1,6 +1,7 @@
 """Real lm-eval runs of tiny models whose answers are known: scores, resuming, running out of memory, refusals."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -347,6 +348,32 @@ def test_a_groups_outcomes_give_lm_evals_own_score(
     assert mean_score(found.outcomes("m", "both/answer_acc")) == pytest.approx(score)
     assert found.differences()["m"]["both/answer_acc"].value == pytest.approx(score)
     assert load_evaluation(tmp_path / "out") == found
+
+
+def test_a_perplexity_has_a_score_and_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "sums.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "the number", "answer": n}) + "\n" for n in (4, 12)))
+
+    def perplexing(*_: Any, **options: Any) -> TaskSuite:
+        """Each reply's number is called a log-likelihood, lower where the reply is wrong."""
+        from lm_eval.api.registry import get_metric_aggregation
+
+        suite = load_tasks(["sums"], task_data={"sums": file})
+        (task,) = suite.loaded
+        judge, aggregate = task.process_results, task.aggregation()
+        task.process_results = lambda *given: (found := judge(*given)) | {"perplexity": found["answer_acc"] - 2.0}
+        task.aggregation = lambda: aggregate | {"perplexity": get_metric_aggregation("perplexity")}
+        task.higher_is_better = lambda: {"answer_acc": True, "perplexity": False}
+        return suite
+
+    monkeypatch.setattr("wpmerge.evaluating.load_tasks", perplexing)
+    found = run({"base": pair(PLAIN), "m": pair(FOUR)}, tmp_path / "out", {}, reference="base")
+    scores = {name: each.scores["sums/perplexity"].value for name, each in found.models.items()}
+    assert scores["base"] == pytest.approx(math.exp(2.0))
+    assert scores["m"] == pytest.approx(math.exp(1.5))
+    assert set(found.differences()["m"]) == {"sums/answer_acc"}
+    with pytest.raises(EvaluationError, match="no outcomes of such a metric"):
+        found.outcomes("m", "sums/perplexity")
 
 
 def test_refusals_of_names_and_lengths(data: dict[str, Path]) -> None:

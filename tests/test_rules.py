@@ -13,7 +13,7 @@ from test_fusing import GIVEN, SETTINGS
 from wpmerge.calibration import Standing, assess, utility
 from wpmerge.coefficients import RULES
 from wpmerge.errors import CapabilityError, RecipeError
-from wpmerge.fusing import open_scored_family
+from wpmerge.fusing import open_scored_family, say_what_is_not_kept
 from wpmerge.models import Family
 from wpmerge.plan import Coefficient
 from wpmerge.rules import FuseSettings, RuleOutcome, coefficients_for
@@ -187,6 +187,27 @@ def test_a_tight_tolerance_keeps_joint_from_what_a_retain_set_loses(scored: tupl
     if float(loose.joint.lost[0]) > limit:
         assert float(tight.joint.prices[0]) > 0
         assert not torch.allclose(tight.values, loose.values)
+
+
+def test_a_retain_set_that_loses_too_much_is_named(
+    scored: tuple[Family, Scores], caplog: pytest.LogCaptureFixture
+) -> None:
+    found = decide(scored, rule="scaled", evaluations=3)
+    assert found.standing is not None
+    limit = found.standing.lost["plain"]
+    assert limit > 0
+    assert dataclasses.replace(found, tolerance=0.9 * limit).beyond == {"plain": limit}
+    assert dataclasses.replace(found, tolerance=1.1 * limit).beyond == {}
+    unread = decide(scored, rule="scaled", scales=GIVEN)
+    assert unread.beyond == {}
+    for outcome, said in (
+        (found, ""),
+        (dataclasses.replace(found, tolerance=0.9 * limit), f"the merge loses {limit:.3g} nats"),
+        (unread, "the retain set plain was not read"),
+    ):
+        caplog.clear()
+        say_what_is_not_kept(scored[1], dataclasses.replace(outcome, tolerance=2 * limit) if not said else outcome)
+        assert said in caplog.text and bool(said) is bool(caplog.text)
 
 
 def test_joint_needs_cross_effects(scored: tuple[Family, Scores]) -> None:

@@ -68,7 +68,8 @@ def fuse(
         bool,
         typer.Option(
             "--calibrate",
-            help="Choose the rule's own numbers on held-out prompts too: power; density and floor; mu. Default: off.",
+            help="Choose the rule's own numbers on held-out prompts too: power; density and floor; mu. The other rules "
+            "have none beside their scales. Default: off.",
         ),
     ] = False,
     tolerance: Annotated[
@@ -164,13 +165,18 @@ def fuse(
     summary = summaries.fuse_summary(result)
     summary |= {
         "held_out_lost": dict(result.lost),
+        "tolerance": tolerance,
         "explanations": {k: list(v) for k, v in result.explanations.items()},
     }
-    tables = [*summaries.fuse_tables(summary), *_lost(result.lost), *summaries.explanation_tables(result.explanations)]
+    tables = [
+        *summaries.fuse_tables(summary),
+        *_lost(result.lost, tolerance),
+        *summaries.explanation_tables(result.explanations),
+    ]
     console.show(summary, tables, as_json=as_json)
 
 
-def _lost(lost: Mapping[str, float]) -> list[console.Table]:
-    rows = [(name, console.number(value)) for name, value in lost.items()]
+def _lost(lost: Mapping[str, float], tolerance: float) -> list[console.Table]:
+    rows = [(name, console.number(value), console.number(tolerance)) for name, value in lost.items()]
     title = "retain sets: what the merge loses on held-out prompts, nats per token below the base"
-    return [console.Table(title=title, header=("retain set", "lost"), rows=rows)] if rows else []
+    return [console.Table(title=title, header=("retain set", "lost", "may lose"), rows=rows)] if rows else []

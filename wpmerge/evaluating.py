@@ -295,6 +295,7 @@ def _record(model: Model, run: ModelRun, suite: TaskSuite, seconds: float) -> di
         credits |= {f"{task}/{metric}": rows for metric, rows in _credits(logged).items()}
     for task, row in run.results["results"].items():
         scores |= _scores(task, row, credits, instructions.get(task), run.results["n-samples"])
+    means = {name: rows for name, rows in credits.items() if name not in scores or _is_mean(rows, scores[name].value)}
     result = ModelResult(
         source=str(model) if isinstance(model, str | Path) else "in memory",
         chat_template=run.chat_template,
@@ -302,7 +303,7 @@ def _record(model: Model, run: ModelRun, suite: TaskSuite, seconds: float) -> di
         truncated=run.truncated,
         seconds=round(seconds, 3),
         scores=scores,
-        credits=credits,
+        credits=means,
     )
     lm_eval = {"results": run.results, "samples": run.samples}
     return {
@@ -363,13 +364,17 @@ def _scores(
         n = int(counts.get(task, {}).get("effective", row.get("sample_len", 0)))
         scores[name] = Score(value=float(value), stderr=known, n=n)
         if name in credits:
-            own = score_of(credits[name])
-            same = abs(own.value - float(value)) < 1e-9  # not so where lm-eval's aggregation is no mean
-            scores[name] = Score(value=float(value), stderr=own.stderr if same else known, n=own.n)
+            own, mean = score_of(credits[name]), _is_mean(credits[name], float(value))
+            scores[name] = Score(value=float(value), stderr=own.stderr if mean else known, n=own.n)
             if instructions is not None and metric.startswith("inst_level"):
                 for each in sorted({each for ids in instructions for each in ids}):
                     scores[f"{name}/{each}"] = score_of(only_type(credits[name], instructions, each))
     return scores
+
+
+def _is_mean(credits: Sequence[Sequence[float]], value: float) -> bool:
+    """Whether lm-eval's value is the credits' mean; a perplexity, say, is not that of its log-likelihoods."""
+    return abs(score_of(credits).value - value) < 1e-9
 
 
 def _same(finished: Mapping[str, Mapping[str, Any]], part: str) -> dict[str, Any]:

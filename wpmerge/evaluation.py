@@ -89,7 +89,7 @@ class ModelResult:
         truncated: prompts cut from the left.
         seconds: wall time, loading included.
         scores: metric to score.
-        credits: metric to documents × trials, each 0 to 1; metrics that only have a sum over documents are absent.
+        credits: metric to documents × trials; metrics that are not their mean, as perplexities are not, are absent.
     """
 
     source: str

@@ -1,5 +1,6 @@
 """From Scores to a merged checkpoint: the work behind ``wpmerge fuse``."""
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from wpmerge.recipe import check_with_mergekit, recipe_text
 from wpmerge.rules import FuseSettings, RuleOutcome, coefficients_for
 from wpmerge.scores import Scores, load_scores
 from wpmerge.streaming import job_dtype
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["FuseResult", "FuseSettings", "fuse", "open_scored_family"]
 
@@ -115,6 +118,7 @@ def fuse(
         check_exact(operator)
     check_names(explanations, family.layout, settings.level)
     outcome = coefficients_for(settings, family, scores, progress=tell)
+    say_what_is_not_kept(scores, outcome)
     explained = [explain(outcome, family.layout, name) for name in explanations]
     plan = Plan(
         base=input_model(family.base),
@@ -160,6 +164,17 @@ def fuse(
         summary=summary,
         out=out,
     )
+
+
+def say_what_is_not_kept(scores: Scores, outcome: RuleOutcome) -> None:
+    """Say where a retain set loses more than it may, and where nobody has looked."""
+    for name, lost in outcome.beyond.items():
+        text = "the merge loses %.3g nats per token on the retain set %s, and may lose %.3g (--tolerance)"
+        logger.warning(text, lost, name, outcome.tolerance)
+    retained = [name for name, record in scores.capabilities.items() if record.retain]
+    if outcome.standing is None and retained:
+        text = "what the merge loses on the retain set %s was not read: with every scale given no merge is run"
+        logger.warning(text, ", ".join(retained))
 
 
 def _weight_bytes(base: Checkpoint, dtype: Dtype | None) -> int:

@@ -184,6 +184,12 @@ class RuleOutcome:
         return int(self.own.isnan().any(dim=0).sum()) if self.settings.rule in SCORED else 0
 
     @property
+    def beyond(self) -> dict[str, float]:
+        """Retain sets that lose more than the tolerance on their held-out prompts: how much, nats per token."""
+        lost = {} if self.standing is None else self.standing.lost
+        return {name: value for name, value in lost.items() if value > self.tolerance}
+
+    @property
     def record(self) -> dict[str, Any]:
         """The chosen numbers, for a plan's provenance."""
         found: dict[str, Any] = {"scales": dict(self.scales), "evaluations": self.evaluations}
