@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from wpmerge.bench_controls import same_norm, shuffled
 from wpmerge.bench_mergekit import MergekitInMemory
 from wpmerge.bench_results import BASE_MODEL, EXPERT_MODEL, Key, Record, ResultFile
@@ -41,7 +43,7 @@ from wpmerge.models import Family
 from wpmerge.output import write_file
 from wpmerge.pieces import Pieces
 from wpmerge.plan import BASE, Plan, input_model, load_plan
-from wpmerge.provenance import provenance, versions
+from wpmerge.provenance import machine, provenance, versions
 from wpmerge.readings import Progress
 from wpmerge.rules import RuleOutcome, coefficients_for
 from wpmerge.scores import Scores, load_scores, without_retain_sets
@@ -218,7 +220,9 @@ class _Run:
         return self._record(subset, name, seed, skills=skills, retain=kept, seconds=seconds, **decided)
 
     def _record(self, subset: tuple[str, ...], strategy: str, seed: int, **found: Any) -> Record:
-        made_by = {**versions("mergekit"), **({"label": self.settings.label} if self.settings.label else {})}
+        made_by = {**versions("mergekit"), "machine": machine(), "threads": str(torch.get_num_threads())}
+        if self.settings.label:
+            made_by["label"] = self.settings.label
         return Record(subset=subset, strategy=strategy, seed=seed, made_by=made_by, **found)
 
     def _rival(

@@ -47,7 +47,7 @@ class Record:
         tuned: skill → retention on the tuning prompts.
         evaluations: merges run on the tuning prompts.
         seconds: of tuning, and of the test.
-        made_by: package → version, and the benchmark's label.
+        made_by: package → version; the machine, torch's threads, and the benchmark's label.
     """
 
     subset: tuple[str, ...]

@@ -268,7 +268,9 @@ def main() -> None:
     parser.add_argument(
         "--only-seed", type=int, action="append", default=[], choices=BenchSettings().seeds, help="only this one"
     )
-    parser.add_argument("--kept", action="store_true", help="run nothing: the tables of what OUT keeps")
+    parser.add_argument(
+        "--kept", action="store_true", help="run nothing: the tables of what OUT keeps, and its table.md"
+    )
     parser.add_argument("--against", help="with --kept: differences to this strategy (default: to the best rival)")
     parser.add_argument("--quick", action="store_true", help="under ten minutes: few prompts, no number to be believed")
     arguments = parser.parse_args()
@@ -281,7 +283,10 @@ def main() -> None:
         began = time.monotonic()
         out = arguments.out / (f"{name}-quick" if arguments.quick else name)
         if arguments.kept:
-            print(kept_tables(out, setups[name].bench.seeds, arguments.against))
+            text = kept_tables(out, setups[name].bench.seeds, arguments.against)
+            if arguments.against is None:
+                (out / "table.md").write_text(text + "\n", encoding="utf-8")
+            print(text)
             continue
         take_up(out, arguments.work / out.name)
         result = run(
