@@ -116,9 +116,10 @@ def run(
     strategies: tuple[str, ...],
     subsets: tuple[tuple[str, ...], ...],
     seeds: tuple[int, ...],
+    every_seed: bool,
     quick: bool,
 ) -> BenchResult:
-    """Score if there are no scores yet, write test prompts, and bench what is missing."""
+    """Score if there are no scores yet, write test prompts, and bench what is missing; see `main` for the options."""
     place = work / f"{family.name}{'-quick' if quick else ''}"
     place.mkdir(parents=True, exist_ok=True)
     if not (place / "scores").exists():
@@ -140,6 +141,8 @@ def run(
         "only_seeds": seeds,
         "label": commit(),
     }
+    if every_seed:
+        changes["finalists"] = None
     if subsets or quick:
         changes["subsets"] = subsets or (family.skills,)
     fields = {name: getattr(family.bench, name) for name in BenchSettings.__slots__}
@@ -269,7 +272,10 @@ def main() -> None:
         "--only-seed", type=int, action="append", default=[], choices=BenchSettings().seeds, help="only this one"
     )
     parser.add_argument(
-        "--kept", action="store_true", help="run nothing: the tables of what OUT keeps, and its table.md"
+        "--every-seed", action="store_true", help="on later seeds run what is asked for, whether among the best or not"
+    )
+    parser.add_argument(
+        "--kept", action="store_true", help="run nothing: the tables of what OUT keeps, in table.md too"
     )
     parser.add_argument("--against", help="with --kept: differences to this strategy (default: to the best rival)")
     parser.add_argument("--quick", action="store_true", help="under ten minutes: few prompts, no number to be believed")
@@ -295,6 +301,7 @@ def main() -> None:
             strategies=tuple(arguments.strategy),
             subsets=tuple(tuple(text.split("+")) for text in arguments.subset),
             seeds=tuple(arguments.only_seed),
+            every_seed=arguments.every_seed,
             quick=arguments.quick,
         )
         spent = round(time.monotonic() - began)
