@@ -320,6 +320,33 @@ def test_a_directory_is_told_by_its_files_whatever_the_backend(tmp_path: Path) -
     assert model_identity("m", "owner/name", HarnessSettings(backend="vllm"))[1]["name"] == "owner/name"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "given", "passed"),
+    [
+        ("bfloat16", {}, {"dtype": "bfloat16"}),
+        ("auto", {}, {}),
+        ("bfloat16", {"dtype": "float16"}, {"dtype": "float16"}),
+    ],
+)
+def test_other_backends_are_given_the_dtype(
+    monkeypatch: pytest.MonkeyPatch, data: dict[str, Path], dtype: str, given: dict[str, str], passed: dict[str, str]
+) -> None:
+    from lm_eval.models.dummy import DummyLM
+
+    found: list[dict[str, Any]] = []
+
+    class Backend(DummyLM):
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__()
+            found.append({name: each for name, each in arguments.items() if name in ("pretrained", "dtype")})
+
+    monkeypatch.setattr("lm_eval.api.registry.get_model", lambda name: {"other": Backend}[name])
+    settings = replace(SETTINGS, backend="other", dtype=dtype, model_args=given, chat_template=False)
+    result = run({"m": "owner/name"}, None, data, settings=settings)
+    assert found == [{"pretrained": "owner/name", **passed}]
+    assert result.settings["dtype"] == dtype
+
+
 @pytest.mark.parametrize("by_size", [True, False])
 def test_a_groups_outcomes_give_lm_evals_own_score(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_size: bool
