@@ -188,6 +188,13 @@ def test_finished_models_are_not_taken_for_others(tmp_path: Path, data: dict[str
     assert found.models["m"].scores[STRICT].value == 1.0
 
 
+def test_instruct_without_other_files_says_so(data: dict[str, Path]) -> None:
+    for tasks, more, count in [(["instruct"], {}, 1), (["ifeval"], {}, 0), (["instruct"], {"own": data["ifeval"]}, 0)]:
+        said: list[str] = []
+        run({"m": pair(PLAIN)}, None, {**data, **more}, tasks=tasks, say=said.append)
+        assert [("IFEval alone" in each) for each in said] == [True] * count
+
+
 def test_an_evaluation_is_replaced_only_when_asked(tmp_path: Path, data: dict[str, Path]) -> None:
     out = tmp_path / "out"
     run({"m": pair(PLAIN)}, out, data)

@@ -10,7 +10,7 @@ import pytest
 from wpmerge.errors import EvaluationError
 from wpmerge.ifeval import PUNKT_INSTRUCTIONS, ensure_punkt
 from wpmerge.taskdata import judge_answer
-from wpmerge.tasks import _members, _task_manager, expand_presets, load_tasks, quiet
+from wpmerge.tasks import _members, _task_manager, expand_presets, instruct_alone, load_tasks, quiet
 
 OFFICIAL = Path(__file__).parents[2] / "shared" / "data" / "ifeval.jsonl"
 
@@ -109,6 +109,8 @@ def test_presets() -> None:
     assert expand_presets(["ifeval", "ifeval"]) == ("ifeval",)
     assert expand_presets(["instruct"], ["mine"]) == ("ifeval", "mine")
     assert set(expand_presets(["full"])) == {"ifeval", "gsm8k", "hendrycks_math", "humaneval", "mbpp", "mmlu"}
+    assert [instruct_alone(["instruct"], each) for each in ([], ["ifeval"], ["ifeval", "mine"])] == [True, True, False]
+    assert not instruct_alone(["ifeval"], [])
     with pytest.raises(EvaluationError, match="no task"):
         expand_presets([])
 

@@ -43,7 +43,7 @@ from wpmerge.harness import (
     run_model,
 )
 from wpmerge.output import check_output, output_directory, write_file
-from wpmerge.tasks import TaskData, TaskSuite, load_tasks
+from wpmerge.tasks import TaskData, TaskSuite, instruct_alone, load_tasks
 
 _ATTEMPTS = 100  # to take the lock of a run that is just ending
 _PACKAGES = ("wpmerge", "lm_eval", "torch", "transformers", "datasets", "nltk", "langdetect")
@@ -103,6 +103,8 @@ def evaluate(
         check_output(out, inputs=inputs, overwrite=overwrite)
     for name, model in sources.items():
         check_weights(name, model, settings)
+    if instruct_alone(tasks, task_data or {}):
+        say("preset instruct holds IFEval alone: no local file of other instructions is given (--task-data NAME=FILE)")
     suite = load_tasks(tasks, task_data=task_data, unsafe_code=settings.unsafe_code)
     _check_skills(skills, suite)
     data_hash = {name: _documents_hash(task) for name, task in suite.leaves.items()}

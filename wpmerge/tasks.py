@@ -160,6 +160,11 @@ def expand_presets(tasks: Sequence[str], data: Iterable[str] = ()) -> tuple[str,
     return tuple(dict.fromkeys(names))
 
 
+def instruct_alone(tasks: Iterable[str], data: Iterable[str]) -> bool:
+    """Whether preset ``instruct`` is asked for and is IFEval alone: no local file is given for another task."""
+    return "instruct" in tasks and not set(data) - set(PRESETS["ifeval"])
+
+
 def _task_manager(names: Sequence[str], data: Iterable[str]) -> Any:
     """lm-eval's task index, read only where the named tasks lie if that is enough: the whole takes ten seconds."""
     import lm_eval.tasks
