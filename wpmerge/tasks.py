@@ -1,7 +1,8 @@
 """Which lm-eval tasks are run, and where their documents come from: the hub's data sets or local JSONL files.
 
 A local file stands in for a task's data set, or makes a task of its own when its name is not one of lm-eval's: rows
-with IFEval's fields are judged by IFEval's checkers, rows of ``{"prompt", "answer"}`` by the answer.
+with IFEval's fields are judged by IFEval's checkers and those that the user names, rows of ``{"prompt", "answer"}`` by
+the answer.
 """
 
 from __future__ import annotations
