@@ -396,6 +396,17 @@ def test_what_eval_refuses(tmp_path: Path) -> None:
     assert not (tmp_path / "e").exists()
 
 
+def test_what_eval_refuses_of_checkers_before_any_model(tmp_path: Path) -> None:
+    data = ["--task-data", f"ifeval={write_documents(tmp_path / 'd.jsonl')}", "--out", tmp_path / "e"]
+    file = tmp_path / "checkers.py"
+    command = ["eval", tmp_path / "no_model", *data, "--checkers", file]
+    assert "is no file" in fail(*command)
+    file.write_text("import no_such_module")
+    assert "ModuleNotFoundError: No module named 'no_such_module'" in fail(*command)
+    file.write_text("INSTRUCTION_DICT = 1")
+    assert "defines no checkers" in fail(*command)
+
+
 # --- errors
 
 

@@ -1,5 +1,6 @@
 """Real lm-eval runs of tiny models whose answers are known: scores, resuming, running out of memory, refusals."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -14,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from talkers import FOUR, MURMUR, PLAIN, SHOUT, save_talker, talker, talker_tokenizer
 from transformers import LlamaForCausalLM
 
+from wpmerge.checkers import read_checkers
 from wpmerge.errors import EvaluationError, OutputError, WpmergeError
 from wpmerge.evaluating import evaluate, file_name
 from wpmerge.evaluation import Evaluation, Skill, load_evaluation
 from wpmerge.harness import HarnessSettings, model_identity
+from wpmerge.ifeval import ifeval_checkers
 from wpmerge.statistics import mean_score
 from wpmerge.tasks import TaskSuite, load_tasks
 
@@ -189,6 +192,76 @@ def test_finished_models_are_not_taken_for_others(tmp_path: Path, data: dict[str
     assert found.models["m"].scores[STRICT].value == 1.0
 
 
+WORDS = """
+class Words:
+    def __init__(self, instruction_id):
+        pass
+    def build_description(self, *, least=None):
+        self.least = least
+    def get_instruction_args(self):
+        return {"least": self.least}
+    def check_following(self, value):
+        return COUNT >= self.least
+
+INSTRUCTION_DICT = {"count:words": Words}
+"""
+
+
+@pytest.fixture
+def counted(tmp_path: Path) -> dict[str, Path]:
+    """Two documents, of which a sentence of 8 to 12 words and signs follows one."""
+    asked = [{"prompt": "the number", "least": 4}, {"prompt": "my words", "least": 20}]
+    rows = [
+        {
+            "key": key,
+            "prompt": each["prompt"],
+            "instruction_id_list": ["count:words"],
+            "kwargs": [{**each, "prompt": None}],
+        }
+        for key, each in enumerate(asked)
+    ]
+    path = tmp_path / "counted.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"counted": path}
+
+
+def test_checkers_of_the_users_own_and_what_is_kept_when_they_change(tmp_path: Path, counted: dict[str, Path]) -> None:
+    file, out, known = tmp_path / "own.py", tmp_path / "out", dict(ifeval_checkers())
+    whole = "(len(value.split()) if 'eight' in value else {})"  # how a model's reply is counted; the trial's as it is
+
+    def judged(count: str, models: Mapping[str, Any]) -> tuple[Evaluation | None, list[str]]:
+        said: list[str] = []
+        file.write_text(WORDS.replace("COUNT", whole.format(count)))
+        options = {"tasks": ["counted"], "checkers": read_checkers([file]), "say": said.append}
+        try:
+            return run(models, out, counted, **options), said
+        except EvaluationError as error:
+            return None, [str(error)]
+        finally:
+            assert dict(ifeval_checkers()) == known
+
+    models = {"m": pair(PLAIN), "short": pair(PLAIN, window=16)}
+    assert "whole window" in judged("len(value)", models)[1][0]  # m is finished, short cannot be run
+    # other checkers: m is judged again, from what it said
+    failed = judged("1 / 0", {"m": pair(PLAIN)})[1][0]
+    assert "own.py: count:words, check_following" in failed and "ZeroDivisionError" in failed
+    found, said = judged("len(value.split())", {"m": pair(PLAIN)})
+    assert said == ["m: going on with the requests that an earlier run finished"]
+    assert found is not None
+    assert found.models["m"].credits["counted/inst_level_strict_acc"] == [[1], [0]]
+    assert found.models["m"].scores["counted/inst_level_strict_acc/count:words"].value == 0.5
+    assert load_evaluation(out).provenance["checkers"] == [
+        {"file": "own.py", "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "imports": {}}
+    ]
+
+
+def test_instruct_without_other_files_says_so(data: dict[str, Path]) -> None:
+    for tasks, more, count in [(["instruct"], {}, 1), (["ifeval"], {}, 0), (["instruct"], {"own": data["ifeval"]}, 0)]:
+        said: list[str] = []
+        run({"m": pair(PLAIN)}, None, {**data, **more}, tasks=tasks, say=said.append)
+        assert [("IFEval alone" in each) for each in said] == [True] * count
+
+
 def test_an_evaluation_is_replaced_only_when_asked(tmp_path: Path, data: dict[str, Path]) -> None:
     out = tmp_path / "out"
     run({"m": pair(PLAIN)}, out, data)
@@ -319,6 +392,33 @@ def test_a_directory_is_told_by_its_files_whatever_the_backend(tmp_path: Path) -
     (beside / "adapter.safetensors").write_bytes(b"x")
     assert first != second != identity()
     assert model_identity("m", "owner/name", HarnessSettings(backend="vllm"))[1]["name"] == "owner/name"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "given", "passed"),
+    [
+        ("bfloat16", {}, {"dtype": "bfloat16"}),
+        ("auto", {}, {}),
+        ("bfloat16", {"dtype": "float16"}, {"dtype": "float16"}),
+    ],
+)
+def test_other_backends_are_given_the_dtype(
+    monkeypatch: pytest.MonkeyPatch, data: dict[str, Path], dtype: str, given: dict[str, str], passed: dict[str, str]
+) -> None:
+    from lm_eval.models.dummy import DummyLM
+
+    found: list[dict[str, Any]] = []
+
+    class Backend(DummyLM):
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__()
+            found.append({name: each for name, each in arguments.items() if name in ("pretrained", "dtype")})
+
+    monkeypatch.setattr("lm_eval.api.registry.get_model", lambda name: {"other": Backend}[name])
+    settings = replace(SETTINGS, backend="other", dtype=dtype, model_args=given, chat_template=False)
+    result = run({"m": "owner/name"}, None, data, settings=settings)
+    assert found == [{"pretrained": "owner/name", **passed}]
+    assert result.settings["dtype"] == dtype
 
 
 @pytest.mark.parametrize("by_size", [True, False])

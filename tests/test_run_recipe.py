@@ -90,7 +90,11 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
 
 
 def test_no_recipe_can_allow_foreign_code(tmp_path: Path) -> None:
-    for more in ({"trust_remote_code": True}, {"evaluation": {"confirm_unsafe_code": True}}):
+    for more in (
+        {"trust_remote_code": True},
+        {"evaluation": {"confirm_unsafe_code": True}},
+        {"evaluation": {"checkers": ["checkers.py"]}},
+    ):
         assert "a key that there is none of" in refusal(write(tmp_path, **more))
 
 

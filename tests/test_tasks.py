@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from wpmerge.checkers import read_checkers, registered
 from wpmerge.errors import EvaluationError
 from wpmerge.ifeval import PUNKT_INSTRUCTIONS, ensure_punkt
 from wpmerge.taskdata import judge_answer
-from wpmerge.tasks import _members, _task_manager, expand_presets, load_tasks, quiet
+from wpmerge.tasks import _members, _task_manager, expand_presets, instruct_alone, load_tasks, quiet
 
 OFFICIAL = Path(__file__).parents[2] / "shared" / "data" / "ifeval.jsonl"
 
@@ -81,6 +82,52 @@ def test_local_files_make_tasks_of_their_own(tmp_path: Path) -> None:
     assert task.process_results(record, ['{"a": 1}']) == {"answer_acc": True}
 
 
+CHECKERS = """
+class Numbers:
+    def __init__(self, instruction_id):
+        self.id = instruction_id
+    def build_description(self, *, N=None):
+        self.wanted = 100 if N is None else N
+    def get_instruction_args(self):
+        return {"N": self.wanted}
+    def check_following(self, value):
+        return sum(word.strip(".").isdigit() for word in value.split()) == self.wanted
+
+class Start(Numbers):
+    def build_description(self, *, keyword=None):
+        self.wanted = keyword
+    def check_following(self, value):
+        return value.startswith(self.wanted)
+
+INSTRUCTION_DICT = {"count:numbers": Numbers, "words:start": Start}
+"""
+
+
+def test_rows_with_instructions_of_the_users_own(tmp_path: Path) -> None:
+    none: dict[str, Any] = {"N": None, "keyword": None, "min_words": None, "options": None}
+    rows = [
+        ask(1, "count:numbers", "words:start", kwargs=[{**none, "N": 0}, {**none, "keyword": "No"}]),
+        ask(2, "count:numbers", "punctuation:no_comma", kwargs=[{**none, "N": 2}, none]),
+    ]
+    data = {"ifbench": write(tmp_path / "ifbench.jsonl", rows)}
+    with pytest.raises(EvaluationError, match=r"unknown IFEval instruction(.|\n)*count:numbers"):
+        load_tasks(["ifbench"], task_data=data)
+    (tmp_path / "checkers.py").write_text(CHECKERS)
+    with registered(read_checkers([tmp_path / "checkers.py"])):
+        task = load_tasks(["ifbench"], task_data=data).leaves["ifbench"]
+        first, second = task.eval_docs
+        assert task.process_results(first, ["No digits here."])["inst_level_strict_acc"] == [True, True]
+        assert task.process_results(first, ["Not 1 digit."])["inst_level_strict_acc"] == [False, True]
+        assert task.process_results(second, ["Words: 4 and 12."])["prompt_level_loose_acc"] is True
+        assert task.process_results(second, ["4, 12 and 3."])["inst_level_strict_acc"] == [True, False]
+        odd = write(tmp_path / "odd.jsonl", [rows[1], ask(3, "words:start", kwargs=[{"start": "No"}])])
+        with pytest.raises(EvaluationError, match=r"odd.jsonl, document 2; .*checkers.py: words:start, build_desc"):
+            load_tasks(["odd"], task_data={"odd": odd})
+        null = write(tmp_path / "null.jsonl", [rows[1], {**rows[1], "kwargs": [{"N": 2}, None]}])
+        with pytest.raises(EvaluationError, match=r"not what the task reads(.|\n)*null.jsonl, document 2"):
+            load_tasks(["null"], task_data={"null": null})
+
+
 @pytest.mark.parametrize(
     ("answer", "response", "right"),
     [
@@ -109,6 +156,8 @@ def test_presets() -> None:
     assert expand_presets(["ifeval", "ifeval"]) == ("ifeval",)
     assert expand_presets(["instruct"], ["mine"]) == ("ifeval", "mine")
     assert set(expand_presets(["full"])) == {"ifeval", "gsm8k", "hendrycks_math", "humaneval", "mbpp", "mmlu"}
+    assert [instruct_alone(["instruct"], each) for each in ([], ["ifeval"], ["ifeval", "mine"])] == [True, True, False]
+    assert not instruct_alone(["ifeval"], [])
     with pytest.raises(EvaluationError, match="no task"):
         expand_presets([])
 
@@ -233,7 +282,10 @@ def test_code_is_not_run_without_consent() -> None:
         ('{"key": 1}\n{oops\n', r"not JSON(.|\n)*line 2"),
         ("[1]\n", r"not a JSON object(.|\n)*line 1(.|\n)*list"),
         (json.dumps({"key": 1, "prompt": "p"}), r"lacks a field(.|\n)*document 1(.|\n)*instruction_id_list, kwargs"),
-        (json.dumps(ask(1, "punctuation:no_coma")), r"unknown IFEval instruction(.|\n)*punctuation:no_comma"),
+        (
+            json.dumps(ask(1, "punctuation:no_coma")),
+            r"unknown IFEval instruction(.|\n)*punctuation:no_comma(.|\n)*--checkers FILE",
+        ),
         (json.dumps(ask(1, "punctuation:no_comma", kwargs=[{}, {}])), "do not pair up"),
         (json.dumps(ask(1)), "do not pair up"),
         (

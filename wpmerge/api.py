@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from wpmerge import options
 from wpmerge.arch import COARSE_KINDS, KINDS
+from wpmerge.checkers import read_checkers
 from wpmerge.coefficients import RULES
 from wpmerge.console import Report, say
 from wpmerge.errors import WpmergeError
@@ -365,6 +366,7 @@ def evaluate(
     inputs: Mapping[str, Place] | None = None,
     tasks: Sequence[str] = ("ifeval",),
     task_data: Mapping[str, Place | Mapping[str, Place]] | None = None,
+    checkers: Place | Sequence[Place] | None = None,
     base: str | None = None,
     reference: str | None = None,
     skill: Mapping[str, str] | None = None,
@@ -391,6 +393,8 @@ def evaluate(
         inputs: where the plans' inputs live now, by name, "base" for the base; the command's ``--model``.
         tasks: lm-eval tasks, local tasks of ``task_data``, or a preset: ifeval, instruct, full.
         task_data: task → its local documents, JSONL, or a file for each split.
+        checkers: Python files with checkers of instructions that IFEval does not have, in ``INSTRUCTION_DICT``, such as
+            IFBench's instructions_registry.py; their code is run.
         base: which model is the base of retention and of adapters; None takes ``reference``.
         reference: the model that differences are taken to; None takes ``base``.
         skill: an expert's name → its metric, for retention.
@@ -429,6 +433,8 @@ def evaluate(
         seed=seed,
         unsafe_code=confirm_unsafe_code,
     )
+    files = [checkers] if isinstance(checkers, str | Path) else checkers or ()
+    judges = read_checkers([Path(each) for each in files])
     found = models_to_evaluate(
         models,
         plans,
@@ -442,6 +448,7 @@ def evaluate(
         out=None if out is None else Path(out),
         tasks=task_names(tasks),
         task_data=task_files(task_data or {}),
+        checkers=judges,
         reference=reference,
         base=base,
         skills={name: Skill(expert=name, metric=metric) for name, metric in skills.items()},

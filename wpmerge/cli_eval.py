@@ -40,6 +40,14 @@ def evaluate(
             help="Local documents of a task, JSONL. Repeat for more. Default: the task's data set on the hub.",
         ),
     ] = None,
+    checkers: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="A Python file with checkers of instructions that IFEval does not have, in INSTRUCTION_DICT, such as "
+            "IFBench's instructions_registry.py. Its code is run, on this machine. Repeat for more. Default: none.",
+        ),
+    ] = None,
     base: Annotated[
         str | None,
         typer.Option(
@@ -121,6 +129,7 @@ def evaluate(
             inputs=places,
             tasks=tasks,
             task_data=data,
+            checkers=checkers,
             base=base,
             reference=reference,
             skill=skills,

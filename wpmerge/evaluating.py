@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from wpmerge.checkers import Checkers, registered
 from wpmerge.errors import EvaluationError, OutputError
 from wpmerge.evaluation import (
     FILE,
@@ -43,7 +44,7 @@ from wpmerge.harness import (
     run_model,
 )
 from wpmerge.output import check_output, output_directory, write_file
-from wpmerge.tasks import TaskData, TaskSuite, load_tasks
+from wpmerge.tasks import TaskData, TaskSuite, instruct_alone, load_tasks
 
 _ATTEMPTS = 100  # to take the lock of a run that is just ending
 _PACKAGES = ("wpmerge", "lm_eval", "torch", "transformers", "datasets", "nltk", "langdetect")
@@ -60,6 +61,7 @@ def evaluate(
     out: Path | None,
     tasks: Sequence[str] = ("ifeval",),
     task_data: Mapping[str, TaskData] | None = None,
+    checkers: Sequence[Checkers] = (),
     reference: str | None = None,
     base: str | None = None,
     skills: Mapping[str, Skill] | None = None,
@@ -78,6 +80,8 @@ def evaluate(
         out: directory for evaluation.json and lm-eval's own results; None writes nothing.
         tasks: lm-eval task names or presets.
         task_data: task name to its local documents.
+        checkers: of instructions in local documents that IFEval does not have, in its registry meanwhile; a model that
+            was finished with others is judged again.
         reference: the model that differences are taken to; None is the base.
         base: the model that retention starts from; None is the reference.
         skills: skill name to its expert and metric, for retention.
@@ -103,16 +107,20 @@ def evaluate(
         check_output(out, inputs=inputs, overwrite=overwrite)
     for name, model in sources.items():
         check_weights(name, model, settings)
-    suite = load_tasks(tasks, task_data=task_data, unsafe_code=settings.unsafe_code)
-    _check_skills(skills, suite)
-    data_hash = {name: _documents_hash(task) for name, task in suite.leaves.items()}
-    with _work_folder(out) as work:
+    if instruct_alone(tasks, task_data or {}):
+        say("preset instruct holds IFEval alone: no local file of other instructions is given (--task-data NAME=FILE)")
+    own = [each.fingerprint() for each in checkers]
+    with registered(checkers), _work_folder(out) as work:
+        suite = load_tasks(tasks, task_data=task_data, unsafe_code=settings.unsafe_code)
+        _check_skills(skills, suite)
+        data_hash = {name: _documents_hash(task) for name, task in suite.leaves.items()}
+        judged = {"data": data_hash, **({"checkers": own} if own else {})}
         if out is not None:
             check_output(out, inputs=inputs, overwrite=overwrite)  # again: an earlier run may just have ended
         finished, records = {}, []
         for name, model in sources.items():
             counted = None if progress is None else _named(progress, name)
-            finished[name], record = _one_model(name, model, suite, settings, data_hash, work, say, counted)
+            finished[name], record = _one_model(name, model, suite, settings, judged, work, say, counted)
             records.append(record)
         evaluation = Evaluation(
             models={name: result_from_json(each["result"]) for name, each in finished.items()},
@@ -127,6 +135,7 @@ def evaluate(
                 "versions": versions(),
                 "task_data": {name: dict(files) for name, files in suite.sources.items()},
                 "documents_sha256": data_hash,
+                "checkers": own,
                 "task_versions": {name: str(task.VERSION) for name, task in suite.leaves.items()},
                 "seconds": round(time.monotonic() - start, 3),
             },
@@ -256,7 +265,7 @@ def _one_model(
     model: Model,
     suite: TaskSuite,
     settings: HarnessSettings,
-    data_hash: Mapping[str, str],
+    judged: Mapping[str, Any],
     work: Path,
     say: Callable[[str], None],
     progress: Progress | None,
@@ -264,14 +273,14 @@ def _one_model(
     """A finished model's record, from the work folder or by running it, and the file that keeps it."""
     start = time.monotonic()
     model, identity = model_identity(name, model, settings)
-    parts = {"model": identity, "data": data_hash, "settings": asdict(settings), "versions": versions()}
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    record = work / f"{file_name(name)}-{key}.json"
+    parts = {"model": identity, **judged, "settings": asdict(settings), "versions": versions()}
+    record = work / f"{file_name(name)}-{_key(parts)}.json"
     if record.is_file():
         say(f"{name}: finished in an earlier run")
         found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
         return found, record
-    cache = record.with_suffix(".requests")
+    said = {name: part for name, part in parts.items() if name != "checkers"}  # what a model says, whoever judges it
+    cache = work / f"{file_name(name)}-{_key(said)}.requests"
     if cache.is_file():
         say(f"{name}: going on with the requests that an earlier run finished")
     run = run_model(name, model, suite, settings, cache=cache, say=say, progress=progress)
@@ -279,6 +288,10 @@ def _one_model(
     write_file(record, json.dumps(found, default=_plain))
     cache.unlink(missing_ok=True)
     return found, record
+
+
+def _key(parts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _record(model: Model, run: ModelRun, suite: TaskSuite, seconds: float) -> dict[str, Any]:

@@ -43,7 +43,8 @@ class HarnessSettings:
         max_gen_tokens: upper bound of new tokens a response; None leaves each task's own.
         limit: first documents of each task; None is all.
         device: torch device for models read from disk; None is CUDA where there is one, else the CPU.
-        dtype: weights' dtype for models read from disk; ``auto`` is the checkpoint's.
+        dtype: weights' dtype for models read from disk, the backend's argument ``dtype``; ``auto`` is the checkpoint's
+            for ``hf``, and for other backends their own default.
         chat_template: None uses the tokenizer's template where it has one.
         seed: of everything that lm-eval draws.
         unsafe_code: tasks may run code that the model wrote.
@@ -142,7 +143,7 @@ def _open(name: str, model: Model, settings: HarnessSettings) -> Any:
             return HFLM(pretrained=network, tokenizer=tokenizer, batch_size=settings.batch_size, **settings.model_args)
         device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
         arguments = {"pretrained": str(open_source(name, model, settings)), **settings.model_args}
-        if settings.backend == "hf":
+        if settings.backend == "hf" or settings.dtype != "auto":  # not every backend knows auto
             arguments.setdefault("dtype", settings.dtype)
         return get_model(settings.backend).create_from_arg_obj(
             arguments, {"batch_size": settings.batch_size, "max_batch_size": None, "device": device}

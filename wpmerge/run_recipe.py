@@ -1,7 +1,8 @@
 """The recipe of ``wpmerge run``: one YAML file that says what is merged, how it is scored, and what it is judged by.
 
 Its keys are the options of the commands that do the work, under the same names and with the same defaults. Code that a
-checkpoint or a model brings is never allowed by a recipe: only the person at the command line can do that.
+checkpoint or a model brings is never allowed by a recipe: only the person at the command line can do that. Nor does a
+recipe name code to be run, so ``eval --checkers`` has no key.
 """
 
 import difflib

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from wpmerge.checkers import is_named, judge_named, try_checkers
 from wpmerge.errors import EvaluationError
 from wpmerge.ifeval import ifeval_checkers
 from wpmerge.jsonl import read_objects
@@ -66,6 +67,8 @@ def local_config(
     for split, found in rows.items():
         if str(config.get("task")) == "ifeval":
             check_ifeval(found, files[split])
+            if any(is_named(each) for row in found for each in row["instruction_id_list"]):
+                config = {**config, "process_results": judge_named}
         elif config.get("process_results") is judge_answer:
             check_fields(found, ANSWER_FIELDS, files[split])
             for row in found:  # answers of any JSON type in one column
@@ -136,7 +139,8 @@ def check_readable(name: str, task: Any, files: Mapping[str, Path]) -> None:
     run.
 
     Raises:
-        EvaluationError: naming the first such document and what went wrong, or that there are too few examples.
+        EvaluationError: naming the first such document and what went wrong, or that there are too few examples; a
+            checker of the user's does not take a document.
     """
     evaluated = task.config.test_split or task.config.validation_split
     own, examples = (files.get(split, files.get("")) for split in (evaluated, task.fewshot_cfg.split))
@@ -148,6 +152,10 @@ def check_readable(name: str, task: Any, files: Mapping[str, Path]) -> None:
                 task.doc_to_choice(document)
             if number == 1 and callable(task.config.process_results) and task.OUTPUT_TYPE == "generate_until":
                 _judge_nothing(task, document)
+            if task.config.process_results is judge_named:
+                try_checkers(document, f"{own}, document {number}")
+        except EvaluationError:
+            raise
         except Exception as error:  # whatever the task's templates and functions raise
             raise unreadable(name, f"{own}, document {number}", error, document) from error
     if task.config.num_fewshot:
@@ -217,7 +225,7 @@ def check_fields(rows: Sequence[Mapping[str, Any]], fields: Sequence[str], path:
 
 
 def check_ifeval(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Refuse documents that IFEval's checkers cannot judge: fields, lengths, instruction names.
+    """Refuse documents that the checkers at hand cannot judge: fields, lengths, instruction names.
 
     Raises:
         EvaluationError: naming the first such document.
@@ -238,7 +246,12 @@ def check_ifeval(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             if each not in known:
                 near = difflib.get_close_matches(str(each), known, n=3)
                 raise EvaluationError(
-                    "unknown IFEval instruction", where=where, got=each, expected=", ".join(near or sorted(known))
+                    "unknown IFEval instruction",
+                    where=where,
+                    got=each,
+                    expected=", ".join(near or sorted(known)),
+                    mend="check its spelling, or name the Python file that has its checker, such as IFBench's "
+                    "instructions_registry.py, with wpmerge eval --checkers FILE",
                 )
 
 

@@ -1,7 +1,8 @@
 """Which lm-eval tasks are run, and where their documents come from: the hub's data sets or local JSONL files.
 
 A local file stands in for a task's data set, or makes a task of its own when its name is not one of lm-eval's: rows
-with IFEval's fields are judged by IFEval's checkers, rows of ``{"prompt", "answer"}`` by the answer.
+with IFEval's fields are judged by IFEval's checkers and those that the user names, rows of ``{"prompt", "answer"}`` by
+the answer.
 """
 
 from __future__ import annotations
@@ -158,6 +159,11 @@ def expand_presets(tasks: Sequence[str], data: Iterable[str] = ()) -> tuple[str,
     if not names:
         raise EvaluationError("no task to evaluate", expected=f"a task name or a preset: {', '.join(PRESETS)}")
     return tuple(dict.fromkeys(names))
+
+
+def instruct_alone(tasks: Iterable[str], data: Iterable[str]) -> bool:
+    """Whether preset ``instruct`` is asked for and is IFEval alone: no local file is given for another task."""
+    return "instruct" in tasks and not set(data) - set(PRESETS["ifeval"])
 
 
 def _task_manager(names: Sequence[str], data: Iterable[str]) -> Any:
