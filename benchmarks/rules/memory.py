@@ -1,8 +1,8 @@
 """Rule `refine` within a bound on memory: does its peak stay below, and does the bound change what comes out?
 
-A random Llama family of 0.21 billion parameters each, a base and two experts, is made in a temporary folder, scored, and
-fused by `wpmerge fuse --plan-only` in processes of their own: without a bound, and with `--max-memory` at the least that
-the command itself asks for. Peak memory is read from /proc. The last line is JSON.
+A random Llama family of 0.21 billion parameters each, a base and two experts, is made in a temporary folder, scored
+and fused by `wpmerge fuse --plan-only` in processes of their own: without a bound, and with `--max-memory` at the
+least that the command itself asks for. Peak memory is read from /proc. The last line is JSON.
 
     python -m benchmarks.rules.memory [--size fusing] [--steps 2] [--out FILE]
 """
