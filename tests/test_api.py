@@ -208,3 +208,5 @@ def test_counts_out_of_range_are_refused_as_the_commands_refuse_them(name: str, 
 def test_a_memory_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(wp.WpmergeError, match="max_memory is no size"):
         wp.score(base="b", expert={"a": "a"}, capability={"a": "a.jsonl"}, out=tmp_path / "o", max_memory=0)
+    with pytest.raises(wp.WpmergeError, match="max_memory is no size"):
+        wp.fuse("scores", out=tmp_path / "o", max_memory=0)

@@ -230,6 +230,14 @@ def test_fuse_chooses_scales_and_writes_a_model(home: Path, tmp_path: Path) -> N
     assert f"{tmp_path / 'm'}: plan, checkpoint" in table and "model.layers.*.mlp.up_proj.weight" in table
 
 
+def test_fuse_plans_its_memory(home: Path, tmp_path: Path) -> None:
+    command = ["fuse", home / "scores", "--out", tmp_path / "p", "--steps", 1, "--evaluations", 4, "--plan-only"]
+    assert "fusing does not fit into --max-memory" in fail(*command, "--max-memory", "1MB")
+    succeed(*command, "--max-memory", "20GB")
+    settings = json.loads((tmp_path / "p" / "plan.json").read_text())["provenance"]["settings"]
+    assert settings["max_memory"] == 20_000_000_000
+
+
 def test_fuse_takes_scales_rule_and_size_of_files(home: Path, tmp_path: Path) -> None:
     options = "--rule select --scale 0.5 --scale b=0.75 --density 0.5 --floor 0.5 --shard-size 4KB --dtype float32"
     result = succeed("fuse", home / "scores", "--out", tmp_path / "m", *options.split(), "--threads", 2)

@@ -7,10 +7,10 @@ from tiny import CONFIGS, ModelWeights, tiny_model
 
 from wpmerge.arch import COARSE_KINDS, KINDS, Unit
 from wpmerge.engine import Engine
-from wpmerge.estimators import ESTIMATORS, EstimatorName, EstimatorSettings, completeness, estimate, row_groups
+from wpmerge.estimators import ESTIMATORS, EstimatorName, EstimatorSettings, completeness, estimate
 from wpmerge.memory import held_per_token
 from wpmerge.patching import exact
-from wpmerge.rows import pack
+from wpmerge.rows import pack, row_groups
 
 ALL = (*KINDS, *COARSE_KINDS)
 COARSE_OF = {"attention": ("self_attn", "attn", "attention"), "mlp": ("mlp",), "layer": ("",)}

@@ -80,6 +80,8 @@ def test_streaming_takes_less_memory_and_a_bound_is_believed() -> None:
     assert (scoring_needs(whole).memory or 0) > 200e9
     assert (scoring_needs(streamed).memory or 0) < 20e9
     assert scoring_needs(work(LLAMA2, scoring=Scoring(max_memory="9GB"))).memory == 9 * 10**9
+    assert fusing_needs(work(LLAMA2, rule=MergeRule(max_memory="9GB"))).memory == 9 * 10**9
+    assert 5 * (fusing_needs(streamed).memory or 0) < (fusing_needs(whole).memory or 0)
 
 
 def test_fusing_depends_on_the_rule_and_the_dtype() -> None:

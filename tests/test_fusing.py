@@ -20,6 +20,7 @@ from wpmerge.calibration import GRID, retention, utility
 from wpmerge.checkpoint import open_checkpoint
 from wpmerge.errors import CapabilityError, CheckpointError, OutputError, RecipeError, WpmergeError
 from wpmerge.fusing import FuseResult, FuseSettings, fuse
+from wpmerge.memory import Budget
 from wpmerge.models import Family, open_family
 from wpmerge.plan import load_plan
 from wpmerge.scores import Scores, load_scores
@@ -175,6 +176,30 @@ def measured(disk: Disk, merged: Path) -> dict[str, float]:
     family, scores = open_family(str(disk.models["base"]), models), load_scores(disk.scores)
     readings = held_out_readings(family, scores, ["a", "b"])
     return retention(family.engine, family.weights["merged"], readings)
+
+
+@pytest.mark.parametrize("rule", ["scaled", "refine"])
+def test_a_bound_on_memory_changes_no_more_than_rounding(
+    disk: Disk, tmp_path: Path, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"rule": rule, "steps": 2, "batch": 3, "evaluations": 4, "plan_only": True}
+    free, roomy = (disk.fuse(tmp_path / str(most), max_memory=most, **asked) for most in (None, 64 << 30))
+    monkeypatch.setattr("wpmerge.fusing.merging_budget", lambda *_, **__: Budget(resident=False, held_bytes=1))
+    tight = disk.fuse(tmp_path / "tight", max_memory=1, **asked)
+    for name, tensors in free.plan.coefficients.items():
+        for tensor, coefficient in tensors.items():
+            torch.testing.assert_close(roomy.plan.coefficients[name][tensor].values, coefficient.values)
+            found = tight.plan.coefficients[name][tensor].values
+            torch.testing.assert_close(found, coefficient.values, rtol=1e-3, atol=1e-4)
+    assert tight.plan.provenance["settings"]["max_memory"] == 1
+
+
+def test_what_does_not_fit_is_refused_before_any_run(disk: Disk, tmp_path: Path) -> None:
+    seen: list[str] = []
+    with pytest.raises(WpmergeError, match="fusing does not fit into --max-memory") as caught:
+        disk.fuse(tmp_path / "out", rule="refine", max_memory=1 << 20, progress=lambda name, *_: seen.append(name))
+    assert "at least" in str(caught.value.expected) and not seen and not (tmp_path / "out").exists()
+    disk.fuse(tmp_path / "out", rule="uniform", scales={"": 0.5}, max_memory=1 << 20, plan_only=True)  # runs nothing
 
 
 def test_held_out_prompts_were_not_scored_on(disk: Disk) -> None:

@@ -6,7 +6,16 @@ from tiny import ModelWeights, tiny_model
 import wpmerge.memory
 from wpmerge.arch import Layout
 from wpmerge.errors import WpmergeError
-from wpmerge.memory import HELD_BYTES, LEAST_HELD, Budget, budget, held_per_token, resident_bytes
+from wpmerge.memory import (
+    HELD_BYTES,
+    LEAST_HELD,
+    Budget,
+    budget,
+    held_per_token,
+    merging_budget,
+    resident_bytes,
+    stream_per_token,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +47,42 @@ def test_a_bound_decides_residence_and_the_rest_is_for_streams(layout: Layout, m
     with pytest.raises(WpmergeError, match="does not fit") as caught:
         budget(layout, 3, most=least - 1)
     assert f"{least / 1e6:,.0f} MB" in str(caught.value.expected)
+
+
+def test_a_merge_is_planned_with_all_experts_and_one_row(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two experts, rows of ten tokens; sizes in weights, as above."""
+    monkeypatch.setattr(wpmerge.memory, "resident_bytes", lambda: 1000)
+    layer, matrix = 512 + 256 + 1536 + 32, 61 * 16
+    outer = matrix + 16
+    row = 4 * 10 * (2 * (10 * 16 + 5 * 32) + 4 * 61 + 2 * layout.heads * 10)
+    # base, experts and a merge of one layer and a difference; outside: three as stored, the merge, four in float32
+    streamed = max(4 * 5 * layer, 2 * 3 * outer + 4 * (outer + 4 * matrix))
+    whole = 4 * 4 * (3 * layer + outer) + 4 * 2 * matrix
+    least = 1000 + streamed + row + LEAST_HELD
+    assert merging_budget(layout, 2, most=None, longest=10) == Budget()
+    assert merging_budget(layout, 2, most=least, longest=10) == Budget(resident=False, held_bytes=LEAST_HELD // 2)
+    roomy = least - streamed + whole
+    assert merging_budget(layout, 2, most=roomy, longest=10) == Budget(resident=True, held_bytes=LEAST_HELD // 2)
+    assert not merging_budget(layout, 2, most=roomy - 1, longest=10).resident
+    assert not merging_budget(layout, 2, most=roomy, longest=10, resident=False).resident
+    assert merging_budget(layout, 2, most=1 << 40, longest=10).held_bytes == HELD_BYTES
+    with pytest.raises(WpmergeError, match="fusing does not fit into --max-memory") as caught:
+        merging_budget(layout, 2, most=least - 1, longest=10)
+    assert f"{least / 1e6:,.0f} MB" in str(caught.value.expected) and "shorter prompts" in str(caught.value.mend)
+    more = 4 * outer + 4 * max(7 * layer, (6 * outer + 4 * (outer + 4 * matrix)) // 4) - streamed
+    units = sum(layers * count for layers, count in map(layout.shape, layout.counts))
+    steps = least + more + 8 * 16 * units * 2
+    assert not merging_budget(layout, 2, most=steps, longest=10, gradients=True).resident
+    with pytest.raises(WpmergeError, match="does not fit"):
+        merging_budget(layout, 2, most=steps - 1, longest=10, gradients=True)
+
+
+def test_a_prompt_too_long_to_be_run_within_a_bound_is_refused(layout: Layout) -> None:
+    """Its streams at every layer, and room as large again, whatever else there is to run."""
+    most, longest = 1 << 30, 50_000
+    assert 2 * longest * stream_per_token(layout, 5, longest) > most
+    with pytest.raises(WpmergeError, match="fusing does not fit"):
+        merging_budget(layout, 2, most=most, longest=longest, gradients=True)
 
 
 def test_a_token_keeps_a_stream_for_every_layer(layout: Layout) -> None:

@@ -11,7 +11,8 @@ from tiny import tiny_model
 from tinydisk import save_family, save_model, tiny_tokenizer
 
 from wpmerge.errors import CheckpointError
-from wpmerge.models import continuations, generation_model, load_tokenizer, open_family
+from wpmerge.memory import Budget
+from wpmerge.models import bounded, continuations, generation_model, load_tokenizer, open_family
 
 
 def rewrite(directory: str, change: dict[str, torch.Tensor | None]) -> None:
@@ -189,7 +190,9 @@ def test_streamed_continuations_are_the_resident_ones(tmp_path: Path, model_type
     paths = save_family(tmp_path, model_type, experts=1)
     prompts = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9", "w4"]
     families = [open_family(paths["base"], {"e0": paths["e0"]}, resident=resident) for resident in (True, False)]
+    families += [bounded(families[0], Budget(resident=resident, held_bytes=1)) for resident in (True, False)]
+    assert [family.resident for family in families] == [True, False, True, False]
     for model in ("", "e0"):
         found = [continuations(family, model, prompts, tokens=7) for family in families]
-        assert found[0] == found[1]
+        assert all(replies == found[0] for replies in found)
         assert all(1 <= len(reply) <= 7 for reply in found[0])

@@ -16,8 +16,9 @@ from wpmerge.demo import family_path
 from wpmerge.engine import Engine
 from wpmerge.gradients import Term
 from wpmerge.levels import RefineSettings
-from wpmerge.models import Family, open_family
-from wpmerge.readouts import LogProbReadout, measure
+from wpmerge.memory import Budget
+from wpmerge.models import Family, bounded, open_family
+from wpmerge.readouts import LogProbReadout, ReplyReadout, measure, reply_readout
 from wpmerge.refining import Merging, _Draw, refine
 from wpmerge.retaining import by_expert, hold_back, keep_to_retain_sets
 from wpmerge.rows import pack
@@ -146,6 +147,43 @@ def test_what_is_held_at_once_does_not_matter(demo: Family, monkeypatch: pytest.
     assert runs == [2, 6] + 16 * [1]
     for other in found[1:]:
         torch.testing.assert_close(found[0], other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_bound_on_memory_changes_no_more_than_rounding(demo: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every prompt by itself, in steps and in looks, with the weights in memory and read from disk."""
+    case = of_demo(demo)
+    start = torch.full((3, len(case.grouping.names)), 0.6, dtype=torch.float64)
+    plain = {"plain": _base_replies(demo, 8, 4)}
+    prompts, held_out = readings(demo, 0, 8) | plain, readings(demo, 60, 4) | plain
+    prompts = {name: _of_replies(demo, name, each) for name, each in prompts.items()}
+    settings = RefineSettings(steps=2, batch=6, check=1)
+    free = refine(case, start, prompts, held_out, settings)
+    runs, whole = [], Merging.slopes
+    monkeypatch.setattr(Merging, "slopes", lambda *given: runs.append([len(t.rows) for t in given[2]]) or whole(*given))
+    monkeypatch.setattr("wpmerge.refining.TOKENS_PER_ROW", 1)
+    for resident in (True, False):
+        own = bounded(demo, Budget(resident=resident, held_bytes=1))
+        found = refine(of_demo(own), start, prompts, held_out, settings)
+        assert runs == (2 * 3 * 6 + 2 * 4) * [[1]]  # in two steps six prompts of each skill, and the retain set's four
+        runs.clear()
+        torch.testing.assert_close(found.coefficients, free.coefficients, rtol=1e-4, atol=1e-5)
+        assert found.best == free.best
+        assert found.standing.worth() == pytest.approx(free.standing.worth(), abs=1e-4)
+
+
+def _of_replies(demo: Family, name: str, reading: HeldOutReading) -> HeldOutReading:
+    """A skill's prompts, in rows of a prompt each, read as steps read them."""
+    own = reading.readout
+    assert isinstance(own, LogProbReadout)
+    rows = pack(own.sequences, tokens_per_row=1)
+    if reading.retain:
+        return dataclasses.replace(reading, rows=rows)
+    readout = reply_readout(demo.engine, demo.weights[name], rows, own)
+    assert isinstance(readout, ReplyReadout)
+    before = measure(demo.engine, demo.weights[""], rows, readout).double()
+    return dataclasses.replace(
+        reading, readout=readout, rows=rows, base_items=before, expert_items=torch.ones_like(before)
+    )
 
 
 def test_what_does_not_help_is_not_returned(demo: Family) -> None:

@@ -68,6 +68,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(
         ({"experts": {}}, "experts"),
         ({"vocab": "largest"}, "vocab"),
         ({"scoring": {"max_memory": "plenty"}}, "scoring.max_memory is no size"),
+        ({"rule": {"max_memory": "plenty"}}, "rule.max_memory is no size"),
         ({"output": {"directory": "x", "shard_size": "0"}}, "output.shard_size is no size"),
         ({"experts": {"merged": "a"}, "capabilities": {"merged": "math"}}, "no expert may bear the merge's name"),
     ],

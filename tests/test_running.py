@@ -97,7 +97,8 @@ def test_what_is_done_is_skipped(home: Path, out: Path) -> None:
 
 def test_where_and_how_fast_does_not_count(home: Path, out: Path) -> None:
     elsewhere = {"directory": "another", "threads": 2}
-    done = carry_out(home, out, stream=True, output=elsewhere, scoring=QUICK | {"max_memory": "9GB"})
+    rule = {"name": "proportional", "scale": 0.5, "max_memory": "9GB"}
+    done = carry_out(home, out, stream=True, output=elsewhere, scoring=QUICK | {"max_memory": "9GB"}, rule=rule)
     assert done == {"score": True, "fuse": True, "eval": True, "report": True}
 
 

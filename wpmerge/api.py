@@ -184,6 +184,7 @@ def fuse(
     threads: int = 2,
     device: str = "cpu",
     stream: bool = False,
+    max_memory: str | int | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Report | None = None,
@@ -221,6 +222,7 @@ def fuse(
         threads: blocks merged at a time, a thread each.
         device: where models run, as torch names it.
         stream: read each layer from disk when it runs.
+        max_memory: memory to plan for, bytes or such as "4GB"; None for no limit.
         overwrite: replace an output of wpmerge that is already there, once the new is whole.
         trust_remote_code: accept checkpoints that bring code of their own.
         progress: called with what is being done, units of it done, and units in all.
@@ -243,6 +245,7 @@ def fuse(
         calibrate=calibrate,
         tolerance=tolerance,
         max_coefficient=max_coefficient,
+        max_memory=None if max_memory is None else _size("max_memory", max_memory),
         evaluations=evaluations,
         seed=seed,
         method=method,

@@ -15,7 +15,16 @@ from torch import Tensor
 from wpmerge.engine import Engine
 from wpmerge.errors import CapabilityError, RecipeError
 from wpmerge.plan import Coefficient
-from wpmerge.readouts import LogProbReadout, Readout, final_states, measure, read_states, reply_readout
+from wpmerge.readouts import (
+    LogProbReadout,
+    Readout,
+    final_states,
+    measure,
+    measure_all,
+    read_states,
+    reply_readout,
+    run_together,
+)
 from wpmerge.rows import Row
 from wpmerge.weights import MixedWeights, WeightSource
 
@@ -119,8 +128,7 @@ def read_replies(
         CapabilityError: to the expert the replies are no likelier than to the base.
     """
     readout = reply_readout(engine, expert, rows, own)
-    states, outer = final_states(engine, base, rows, own.layer), base.outer(engine.layout.output_tensors())
-    kept, before = (read_states(engine, outer, rows, each, states)[0].double().cpu() for each in (readout, own))
+    kept, before = (each.double().cpu() for each in measure_all(engine, base, rows, [readout, own]))
     after = torch.stack([each.double().mean() for each in readout.ceilings])
     check_better(float(after.mean()), float(before.mean()), name=name, prompts=prompts, mend=mend)
     return HeldOutReading(readout=readout, rows=rows, base_items=kept, expert_items=torch.ones_like(kept))
@@ -147,7 +155,7 @@ def merged_source(
         merged = tensors[0].clone()
         for expert, tensor in zip(names, tensors[1:], strict=True):
             coefficient = coefficients[expert][stored[name]].expand(tensor.shape).to(tensor)
-            merged += coefficient * (tensor - tensors[0])
+            merged += (tensor - tensors[0]).mul_(coefficient)
         return merged
 
     return MixedWeights(layout=engine.layout, sources=(base, *experts.values()), mix=mix)
@@ -182,13 +190,21 @@ def assess(engine: Engine, merged: WeightSource, readings: Mapping[str, HeldOutR
     """Read every capability and retain set in one run, so that a merge is mixed once."""
     last = max(reading.readout.layer for reading in readings.values())
     assert all(reading.readout.layer == last for reading in readings.values()), "readings of one layer run together"
-    states = final_states(engine, merged, [row for reading in readings.values() for row in reading.rows], last)
-    outer, start = merged.outer(), 0
+    rows = [row for reading in readings.values() for row in reading.rows]
+    owners = [name for name, reading in readings.items() for _ in reading.rows]
+    items: dict[str, Tensor] = {}
+    for group in run_together(engine, rows):
+        states = final_states(engine, merged, group, last)
+        outer = merged.outer(engine.layout.output_tensors())
+        own, owners = owners[: len(group)], owners[len(group) :]
+        for name in dict.fromkeys(own):
+            span = slice(own.index(name), own.index(name) + own.count(name))
+            found = read_states(engine, outer, group[span], readings[name].readout, states[span])[0]
+            items[name] = items[name] + found if name in items else found
+        del outer, states  # before the next group's are made
     kept, lost = {}, {}
     for name, reading in readings.items():
-        own = states[start : start + len(reading.rows)]
-        start += len(reading.rows)
-        value = float(read_states(engine, outer, reading.rows, reading.readout, own)[0].double().mean())
+        value = float(items[name].double().mean())
         if reading.retain:
             lost[name] = reading.base - value
         else:

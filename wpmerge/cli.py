@@ -191,13 +191,7 @@ def score(
     ] = None,
     device: options.Device = "cpu",
     stream: options.Stream = False,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Memory to plan for, such as 4GB: weights are streamed and work is cut to fit. Default: no limit.",
-        ),
-    ] = None,
+    max_memory: options.MaxMemory = None,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,

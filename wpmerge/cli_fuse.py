@@ -111,6 +111,7 @@ def fuse(
     threads: options.Threads = 2,
     device: options.Device = "cpu",
     stream: options.Stream = False,
+    max_memory: options.MaxMemory = None,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
@@ -125,6 +126,7 @@ def fuse(
     level = None if granularity is None else options.one_of("--granularity", granularity, GRANULARITIES)
     by = options.one_of("--method", method, METHODS)
     options.stored_dtype("--dtype", dtype)
+    memory = None if max_memory is None else options.byte_size("--max-memory", max_memory)
     from wpmerge import api, summaries
 
     with console.reporting() as report:
@@ -158,6 +160,7 @@ def fuse(
             threads=threads,
             device=device,
             stream=stream,
+            max_memory=memory,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             progress=report,

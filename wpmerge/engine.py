@@ -77,6 +77,7 @@ class Engine:
         device: where to run.
         dtype: compute dtype of weights and residual stream. float32 whatever the checkpoint's dtype, because one
             neuron moves a readout by about 1e-4 of the residual and bfloat16 carries three digits.
+        held_bytes: bound on the residual streams that a run over prompts holds at a time; None for none.
 
     Raises:
         CheckpointError: the layout's tensors are not those of the config's model: a bias too few or too many, which
@@ -84,9 +85,15 @@ class Engine:
     """
 
     def __init__(
-        self, layout: Layout, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        layout: Layout,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        held_bytes: int | None = None,
     ) -> None:
         self.layout, self.device, self.dtype = layout, torch.device(device), dtype
+        self.held_bytes = held_bytes
         arch = layout.arch
         model = empty_model(layout.config, device=self.device)
         _check_parameters(layout, model)

@@ -4,7 +4,7 @@
 every unit for real. All take any unit kinds, finest or coarse, and any readout.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -19,7 +19,7 @@ from wpmerge.patching import HELD_BYTES as EXACT_HELD_BYTES
 from wpmerge.patching import exact
 from wpmerge.pieces import Keeper
 from wpmerge.readouts import Readout
-from wpmerge.rows import Row
+from wpmerge.rows import Row, row_groups
 from wpmerge.weights import WeightSource
 
 EstimatorName = Literal["linear", "integrated", "exact"]
@@ -153,19 +153,6 @@ def _every_unit(
 
 def _added(one: UnitArrays, other: UnitArrays) -> UnitArrays:
     return {kind: one[kind] + other[kind] for kind in one}
-
-
-def row_groups(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
-    """Consecutive rows of at most so many tokens together; a longer row stands alone."""
-    group: list[Row] = []
-    held = 0
-    for row in rows:
-        if group and held + row.tokens.shape[1] > tokens:
-            yield group
-            group, held = [], 0
-        group.append(row)
-        held += row.tokens.shape[1]
-    yield group
 
 
 def completeness(shares: UnitArrays) -> float:

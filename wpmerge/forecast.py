@@ -12,13 +12,14 @@ from typing import Any
 
 from wpmerge.arch import COARSE_KINDS, KINDS, Layout
 from wpmerge.capability import Capability
-from wpmerge.memory import HELD_BYTES, least_memory, resident_bytes, resident_weights
+from wpmerge.memory import HELD_BYTES, least_memory, least_merging_memory, resident_bytes, resident_weights
 from wpmerge.models import layout_from
 from wpmerge.options import byte_size
 from wpmerge.reliability import CANDIDATES
 from wpmerge.retaining import AGAIN, LEAST_EVALUATIONS
 from wpmerge.run_recipe import EVALUATED, Judging, RunRecipe
 from wpmerge.sources import Source, itemsize, parameters, shapes_of
+from wpmerge.tuning import TOKENS_PER_ROW
 
 HARDWARE = "one core of an Intel Xeon"
 BILLION = 1e9
@@ -144,7 +145,7 @@ def scoring_needs(work: Workload) -> Needs:
     estimates = len(recipe.experts) + len(settings.estimator) * len(settings.direction)
     limit = byte_size("scoring.max_memory", settings.max_memory) if settings.max_memory else None
     return Needs(
-        memory=limit or _memory(work, work.models, gradients="integrated" in settings.estimator),
+        memory=limit or _scoring_memory(work),
         written=4 * arrays * len(work.capabilities) * len(settings.readout) * estimates,
         seconds=max(LEAST_SECONDS, seconds * work.billions),
     )
@@ -171,8 +172,9 @@ def fusing_needs(work: Workload) -> Needs:
     sizes = {"float32": 4, "bfloat16": 2, "float16": 2}
     wanted = work.recipe.output.dtype
     written = work.nbytes if wanted is None else int(work.billions * BILLION) * sizes[wanted]
+    limit = byte_size("rule.max_memory", rule.max_memory) if rule.max_memory else None
     return Needs(
-        memory=_memory(work, work.models + 1, gradients=rule.name == "refine"),
+        memory=limit or _fusing_memory(work),
         written=written,
         seconds=max(LEAST_SECONDS, seconds * work.billions),
     )
@@ -190,16 +192,27 @@ def judging_needs(work: Workload, judging: Judging) -> Needs:
     return Needs(memory=memory, seconds=seconds)
 
 
-def _memory(work: Workload, models: int, *, gradients: bool) -> int:
-    """Resident, or with weights streamed, a model's worth of them held where a merge is formed."""
+def _scoring_memory(work: Workload) -> int:
     settings = work.recipe.scoring
     least = least_memory(
         work.layout,
-        models,
+        work.models,
         resident=not work.recipe.stream,
         stored_bytes=work.stored,
-        gradients=gradients,
+        gradients="integrated" in settings.estimator,
         teacher=not {"divergence", "auto"}.isdisjoint(settings.readout),
+    )
+    return resident_bytes() + least + min(HELD_BYTES, resident_weights(work.layout, 1))
+
+
+def _fusing_memory(work: Workload) -> int:
+    least = least_merging_memory(
+        work.layout,
+        len(work.recipe.experts),
+        longest=TOKENS_PER_ROW,
+        resident=not work.recipe.stream,
+        stored_bytes=work.stored,
+        gradients=work.recipe.rule.name == "refine",
     )
     return resident_bytes() + least + min(HELD_BYTES, resident_weights(work.layout, 1))
 

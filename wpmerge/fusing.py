@@ -12,8 +12,9 @@ from wpmerge.dtypes import Dtype
 from wpmerge.errors import RecipeError
 from wpmerge.exact_recipe import check_exact, write_exact_recipe
 from wpmerge.explaining import check_names, explain
+from wpmerge.memory import merging_budget, return_freed_memory
 from wpmerge.merging import SHARD_BYTES, MergeSummary, merge
-from wpmerge.models import Family, open_family
+from wpmerge.models import Family, bounded, open_family
 from wpmerge.output import check_output, check_space, output_directory, write_file
 from wpmerge.plan import BASE, InputModel, Operator, Plan, input_model
 from wpmerge.provenance import provenance
@@ -22,6 +23,7 @@ from wpmerge.recipe import check_with_mergekit, recipe_text
 from wpmerge.rules import FuseSettings, RuleOutcome, coefficients_for
 from wpmerge.scores import Scores, load_scores
 from wpmerge.streaming import job_dtype
+from wpmerge.tuning import TOKENS_PER_ROW, reference_limit
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +119,10 @@ def fuse(
         check_output(exact_recipe, inputs=[*inputs, out], overwrite=overwrite)  # nor may it replace the merge
         check_exact(operator)
     check_names(explanations, family.layout, settings.level)
+    if settings.max_memory is not None and settings.reads_models:
+        family = _within(settings.max_memory, family, scores, settings)
+    if settings.max_memory is not None or not family.resident:
+        return_freed_memory()
     outcome = coefficients_for(settings, family, scores, progress=tell)
     say_what_is_not_kept(scores, outcome)
     explained = [explain(outcome, family.layout, name) for name in explanations]
@@ -175,6 +181,32 @@ def say_what_is_not_kept(scores: Scores, outcome: RuleOutcome) -> None:
     if outcome.standing is None and retained:
         text = "what the merge loses on the retain set %s was not read: with every scale given no merge is run"
         logger.warning(text, ", ".join(retained))
+
+
+def _within(most: int, family: Family, scores: Scores, settings: FuseSettings) -> Family:
+    """The models, held as a bound on memory allows."""
+    checkpoints = (family.base, *family.experts.values())
+    steps = settings.rule == "refine"
+    allowed = merging_budget(
+        family.layout,
+        len(family.experts),
+        most=most,
+        longest=max(TOKENS_PER_ROW, _longest(family, scores, scored=steps)),
+        resident=family.resident,
+        stored_bytes=max(info.dtype.itemsize for checkpoint in checkpoints for info in checkpoint.tensors.values()),
+        gradients=steps,
+    )
+    return bounded(family, allowed)
+
+
+def _longest(family: Family, scores: Scores, *, scored: bool) -> int:
+    """Tokens of the longest prompt with its reply: of the held-out ones and, if asked for, of those scored on."""
+    records = scores.capabilities.values()
+    lengths = [len(each) for record in records for each in record.held_out.sequences]
+    if scored:
+        limit = reference_limit(scores)
+        lengths += [len(family.chat.prompt_tokens(text)) + limit for record in records for text in record.scored]
+    return max(lengths, default=0)
 
 
 def _weight_bytes(base: Checkpoint, dtype: Dtype | None) -> int:

@@ -170,6 +170,7 @@ def directional_sums(
         for place, expert in enumerate(experts):
             into = [arrays[place] for arrays in found]
             _add_products(layout, layout.layer_prefix(index), layer_gradients, before, expert.layer(index), into)
+        del weights, layer_gradients, leaf, output, own, before  # before the next layer's are made
     outer = point.outer()
     for row, gradient in zip(back, gradients, strict=True):
         _add_input_gradient(engine, outer, row.row, gradient, outer_gradients[row.total])

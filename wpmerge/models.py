@@ -1,7 +1,7 @@
 """A base and its experts, opened, checked and ready to run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from wpmerge.checkpoint import Checkpoint, check_same_family, open_checkpoint
 from wpmerge.directory import read_json
 from wpmerge.engine import Engine, empty_model
 from wpmerge.errors import CheckpointError
-from wpmerge.readouts import final_states
+from wpmerge.memory import Budget, reply_per_token
+from wpmerge.readouts import final_states, run_together
 from wpmerge.replies import Decoding, read_and_reply
 from wpmerge.rows import pack
 from wpmerge.vocabulary import Vocabulary, match_vocabulary
@@ -84,20 +85,29 @@ def open_family(
             )
     layout = layout_of(opened)
     engine = Engine(layout, device=device)
-    sources = {"": opened, **others}
-    weights = {
-        name: CheckpointWeights(layout, checkpoint, device=engine.device, resident=resident)
-        for name, checkpoint in sources.items()
-    }
     return Family(
         base=opened,
         experts=others,
         layout=layout,
         engine=engine,
         chat=Chat(load_tokenizer(opened.tokenizer_path)),
-        weights=weights,
+        weights=_weights(engine, {"": opened, **others}, resident=resident),
         resident=resident,
     )
+
+
+def bounded(family: Family, allowed: Budget) -> Family:
+    """The same models, with as much of weights and residual streams in memory as a bound on it allows."""
+    engine = Engine(family.layout, device=family.engine.device, held_bytes=allowed.held_bytes)
+    weights = _weights(engine, {"": family.base, **family.experts}, resident=allowed.resident)
+    return replace(family, engine=engine, weights=weights, resident=allowed.resident)
+
+
+def _weights(engine: Engine, checkpoints: Mapping[str, Checkpoint], *, resident: bool) -> dict[str, WeightSource]:
+    return {
+        name: CheckpointWeights(engine.layout, checkpoint, device=engine.device, resident=resident)
+        for name, checkpoint in checkpoints.items()
+    }
 
 
 def _full_hash(checkpoint: Checkpoint) -> str:
@@ -180,6 +190,9 @@ def continuations(family: Family, model: str, prompts: list[str], *, tokens: int
     tokenizer = family.chat.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
     decoding = Decoding(longest=tokens, ends=frozenset(ends), pad=pad)
+    if (held := family.engine.held_bytes) is not None:
+        each = (max(map(len, sequences)) + tokens) * reply_per_token(family.layout)
+        decoding = replace(decoding, batch_size=min(decoding.batch_size, max(1, held // each)))
     found = read_and_reply(
         generation_model(family.engine, family.weights[model]), sequences, [[] for _ in sequences], decoding
     )
@@ -195,11 +208,12 @@ def _streamed_continuations(
     for _ in range(tokens):
         rows = pack([sequences[number] + replies[number] for number in open_])
         outer = source.outer(family.layout.output_tensors())
-        for row, hidden in zip(rows, final_states(engine, source, rows, family.layout.layers - 1), strict=True):
-            last = torch.stack([place[-1] for place in row.places.values()]).to(hidden.device)
-            chosen = engine.logits(outer, hidden[:, last])[0].argmax(dim=-1).tolist()
-            for number, token in zip(row.places, chosen, strict=True):
-                replies[open_[number]].append(token)
+        for group in run_together(engine, rows):
+            for row, hidden in zip(group, final_states(engine, source, group, family.layout.layers - 1), strict=True):
+                last = torch.stack([place[-1] for place in row.places.values()]).to(hidden.device)
+                chosen = engine.logits(outer, hidden[:, last])[0].argmax(dim=-1).tolist()
+                for number, token in zip(row.places, chosen, strict=True):
+                    replies[open_[number]].append(token)
         open_ = [number for number in open_ if replies[number][-1] not in ends]
         if not open_:
             break

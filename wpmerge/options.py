@@ -47,6 +47,13 @@ Stream = Annotated[
         "--stream", help="Read each layer from disk when it runs, instead of keeping weights in memory. Default: off."
     ),
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory to plan for, such as 4GB: weights are streamed and work is cut to fit. Default: no limit.",
+    ),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Accept checkpoints that bring code of their own. Default: off.")
 ]

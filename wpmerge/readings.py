@@ -11,13 +11,13 @@ from wpmerge.anchor import Anchor, Behaviour, anchor_readout, fit_anchor, token_
 from wpmerge.arch import KINDS, Kind
 from wpmerge.capability import Capability, reference_sequences
 from wpmerge.errors import CapabilityError, WpmergeError
-from wpmerge.estimators import EstimatorName, row_groups
+from wpmerge.estimators import EstimatorName
 from wpmerge.gradients import state_gradients
 from wpmerge.memory import held_per_token
 from wpmerge.models import Family, continuations
 from wpmerge.pieces import Pieces
 from wpmerge.readouts import DivergenceReadout, LogProbReadout, Readout, measure, read_places
-from wpmerge.rows import Row, pack
+from wpmerge.rows import Row, pack, row_groups
 from wpmerge.scores import AskedReadout, CapabilityRecord, Direction, HeldOut, ReadoutName
 
 logger = logging.getLogger(__name__)

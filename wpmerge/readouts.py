@@ -6,7 +6,7 @@ intervals can be had by resampling items. Definitions: docs/method.md, section "
 Shape suffixes: U patched copies of the model, T tokens of a row, D residual width, N read positions of a row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from wpmerge.engine import Engine, Entry
-from wpmerge.rows import Row
+from wpmerge.memory import FORWARD_STATES, stream_per_token
+from wpmerge.rows import Row, row_groups
 from wpmerge.weights import Weights, WeightSource
 
 
@@ -188,7 +189,7 @@ def reply_readout(engine: Engine, expert: WeightSource, rows: Sequence[Row], own
     """The readout of an expert's replies, with ceilings from one run of the expert."""
     outer = expert.outer(engine.layout.output_tensors())
     found: dict[int, Tensor] = {}
-    for row, hidden in zip(rows, final_states(engine, expert, rows, own.layer), strict=True):
+    for row, hidden in _rows_run(engine, expert, rows, own.layer):
         values = own.per_token(engine, outer, hidden[:, own.places(row)], row)[0]
         lengths = [len(own.sequences[number]) - own.starts[number] for number in row.places]
         found |= zip(row.places, values.cpu().split(lengths), strict=True)
@@ -268,14 +269,45 @@ def trace(engine: Engine, source: WeightSource, rows: Sequence[Row], *, last: in
         weights = source.layer(index)
         for entry, states in zip(entries, hidden, strict=True):
             states.append(engine.layer(index, weights, states[-1], entry.calls[index]))
+        del weights  # before the next layer's are made
     return Trace(entries=entries, hidden=hidden)
 
 
 @torch.no_grad()
 def measure(engine: Engine, source: WeightSource, rows: Sequence[Row], readout: Readout) -> Float[Tensor, " items"]:
     """Each item's number for a model; their mean is F(θ)."""
-    states = final_states(engine, source, rows, readout.layer)
-    return read_states(engine, source.outer(engine.layout.output_tensors()), rows, readout, states)[0]
+    (found,) = measure_all(engine, source, rows, [readout])
+    return found
+
+
+@torch.no_grad()
+def measure_all(
+    engine: Engine, source: WeightSource, rows: Sequence[Row], readouts: Sequence[Readout]
+) -> list[Float[Tensor, " items"]]:
+    """:func:`measure` of several readouts of the same prompts and layer, from one run."""
+    (last,) = {readout.layer for readout in readouts}
+    found: list[Tensor] = []
+    for group in run_together(engine, rows):
+        states = final_states(engine, source, group, last)
+        outer = source.outer(engine.layout.output_tensors())
+        new = [read_states(engine, outer, group, readout, states)[0] for readout in readouts]
+        found = [one + other for one, other in zip(found, new, strict=True)] if found else new
+        del states, outer  # before the next group's are made
+    return found
+
+
+def run_together(engine: Engine, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """Rows that a forward run takes at a time: all, or as many as the engine's bound on memory allows."""
+    if engine.held_bytes is None:
+        return iter([rows])
+    longest = max(row.tokens.shape[1] for row in rows)
+    return row_groups(rows, engine.held_bytes // stream_per_token(engine.layout, FORWARD_STATES, longest))
+
+
+def _rows_run(engine: Engine, source: WeightSource, rows: Sequence[Row], last: int) -> Iterator[tuple[Row, Tensor]]:
+    """Every row with its residual stream after layer ``last``."""
+    for group in run_together(engine, rows):
+        yield from zip(group, final_states(engine, source, group, last), strict=True)
 
 
 @torch.no_grad()
@@ -306,6 +338,7 @@ def final_states(engine: Engine, source: WeightSource, rows: Sequence[Row], last
             engine.layer(index, weights, hidden, entry.calls[index])
             for hidden, entry in zip(states, entries, strict=True)
         ]
+        del weights  # before the next layer's are made
     return states
 
 

@@ -25,18 +25,19 @@ from wpmerge.coefficients import Grouping, group_scores, squared_norms, tensor_c
 from wpmerge.engine import Engine
 from wpmerge.gradients import Term, directional_sums
 from wpmerge.levels import Levels, Parts, RefineSettings, laid_out, make_levels, no_parts, together
-from wpmerge.memory import FLOAT
+from wpmerge.memory import FLOAT, stream_per_token
 from wpmerge.plan import Added, Coefficient, Steps
 from wpmerge.readouts import LogProbReadout, ReplyReadout, measure
 from wpmerge.retain_steps import Halves, Known, Retained, held_back
-from wpmerge.rows import pack
+from wpmerge.rows import Row, pack, row_groups
 from wpmerge.weights import Weights, WeightSource
 
 TOKENS_PER_ROW = 384
 HALVES = 2
 """Of a step's prompts: a step goes as far as they agree."""
 STEP_BYTES = 1 << 29
-"""Residual streams that a step holds at once, bytes; those of half of one capability's prompts at least."""
+"""Residual streams that a step holds at once, bytes; those of half of one capability's prompts at least.
+A bound of the user's on memory stands in its place."""
 MARGIN = 0.5
 """Share of the tolerance that steps let a retain set lose: other prompts may lose more."""
 HORIZON = 3.0
@@ -248,7 +249,9 @@ def refine(
                 retained.append((_slopes(merging, merged, terms), known[name].lost))
             else:
                 utility += terms
-        walk.step(_slopes(merging, merged, utility), retained, step)
+        halves = _slopes(merging, merged, utility)
+        del merged  # before another one is looked at
+        walk.step(halves, retained, step)
     if progress is not None:
         progress(settings.steps, settings.steps)
     return walk.result()
@@ -266,18 +269,53 @@ def _known(merging: Merging, start: Float[Tensor, "E G"], prompts: Mapping[str, 
 
 def _slopes(merging: Merging, merged: WeightSource, terms: Sequence[Term]) -> Halves:
     """The gradient on each half of the prompts, in as many runs as memory asks for."""
-    one, other = torch.stack([merging.slopes(merged, run) for run in _together(merging, terms)]).sum(dim=0)
+    fitting = [part for term in terms for part in _divided(merging, merged, term)]
+    one, other = torch.stack([merging.slopes(merged, run) for run in _together(merging, fitting)]).sum(dim=0)
     return one, other
 
 
+def _divided(merging: Merging, merged: WeightSource, term: Term) -> list[Term]:
+    """A term in parts that are each within the engine's bound on memory: what items count is found beforehand then."""
+    held, readout = merging.engine.held_bytes, term.readout
+    if held is None or term.weigh is None or _stream_bytes(merging, term.rows) <= held:
+        return [term]
+    assert isinstance(readout, (LogProbReadout, ReplyReadout)), "steps are taken on references"
+    weights = term.weigh(measure(merging.engine, merged, term.rows, readout))
+    parts = []
+    for group in row_groups(term.rows, held // _stream_per_token(merging, term.rows)):
+        items = [number for row in group for number in row.places]
+        some = readout.some(items)
+        rows = pack(some.sequences, tokens_per_row=TOKENS_PER_ROW)
+        parts.append(replace(term, rows=rows, readout=some, weigh=partial(_known_weights, weights[items])))
+    return parts
+
+
+def _known_weights(weights: Float[Tensor, " items"], _: Float[Tensor, " items"]) -> Float[Tensor, " items"]:
+    return weights
+
+
+def _stream_per_token(merging: Merging, rows: Sequence[Row]) -> int:
+    """Bytes that a token of some rows keeps while a step is taken: its stream at every layer, and the gradient."""
+    return stream_per_token(merging.layout, merging.layout.layers + 2, max(row.tokens.numel() for row in rows))
+
+
+def _stream_bytes(merging: Merging, rows: Sequence[Row]) -> int:
+    """Of all tokens; without a bound of the user's on memory the streams alone."""
+    tokens = sum(row.tokens.numel() for row in rows)
+    if merging.engine.held_bytes is None:
+        return FLOAT * tokens * merging.layout.hidden * (merging.layout.layers + 1)
+    return tokens * _stream_per_token(merging, rows)
+
+
 def _together(merging: Merging, terms: Sequence[Term]) -> list[list[Term]]:
-    """Terms that are run together: within :data:`STEP_BYTES`; one at a time where weights are not held."""
+    """Terms that are run together: within the engine's bound on memory, or :data:`STEP_BYTES`; one at a time where
+    weights are not held."""
+    most = STEP_BYTES if merging.engine.held_bytes is None else merging.engine.held_bytes
     found: list[list[Term]] = []
     held = 0
     for term in terms:
-        tokens = sum(row.tokens.numel() for row in term.rows)
-        size = FLOAT * tokens * merging.layout.hidden * (merging.layout.layers + 1)
-        if not found or not merging.resident or held + size > STEP_BYTES:
+        size = _stream_bytes(merging, term.rows)
+        if not found or not merging.resident or held + size > most:
             found.append([])
             held = 0
         found[-1].append(term)

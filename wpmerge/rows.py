@@ -7,7 +7,7 @@ without its instruction; nothing is padded; and the batch axis is free for patch
 Shape suffixes: T tokens of a row.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -45,6 +45,19 @@ def pack(sequences: Sequence[Sequence[int]], *, tokens_per_row: int = 384) -> li
             tree = _Tree()
         tree.add(number, sequence)
     return [*rows, tree.row()]
+
+
+def row_groups(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
+    """Consecutive rows of at most so many tokens together; a longer row stands alone."""
+    group: list[Row] = []
+    held = 0
+    for row in rows:
+        if group and held + row.tokens.shape[1] > tokens:
+            yield group
+            group, held = [], 0
+        group.append(row)
+        held += row.tokens.shape[1]
+    yield group
 
 
 @dataclass(slots=True)

@@ -80,6 +80,7 @@ class FuseSettings:
         evaluations: merges run on the held-out prompts to choose the numbers, at least 1. On top come what ``refine``
             needs to look where its steps are, and with retain sets up to 28 merges for factors.
         seed: of ``refine``'s batches.
+        max_memory: what the process's resident memory is planned to stay within, bytes; None for no limit.
 
     Raises:
         RecipeError: ``select`` at granularity "expert", where there is nothing to select among; a number out of range.
@@ -100,6 +101,7 @@ class FuseSettings:
     max_coefficient: float = MAX_COEFFICIENT
     evaluations: int = 24
     seed: int = 0
+    max_memory: int | None = None
 
     def __post_init__(self) -> None:
         if self.rule == "select" and self.granularity == "expert":
@@ -134,6 +136,11 @@ class FuseSettings:
             max_coefficient=self.max_coefficient,
             seed=self.seed,
         )
+
+    @property
+    def reads_models(self) -> bool:
+        """Whether models' weights are read to choose coefficients: to run merges, or for task vectors' norms."""
+        return self.rule in ("refine", "joint") or self.calibrate or not self.scales
 
     @property
     def level(self) -> Granularity:

@@ -112,6 +112,8 @@ class MergeRule(_Section):
     """Merges run on held-out prompts to choose the numbers."""
     seed: int = 0
     """Of refine's draws of prompts, and of what dare drops."""
+    max_memory: str | None = None
+    """Memory to plan for, such as 4GB; none for no limit."""
     method: Literal["task_arithmetic", "ties", "dare_linear", "dare_ties"] = "task_arithmetic"
     """What combines the weighted task vectors."""
     method_density: float = 1.0
@@ -207,8 +209,9 @@ def read_run_recipe(path: Path) -> RunRecipe:
     except (ValidationError, RecursionError) as error:
         raise _refusal(error, path) from None
     byte_size(f"{path}: output.shard_size", recipe.output.shard_size)
-    if recipe.scoring.max_memory is not None:
-        byte_size(f"{path}: scoring.max_memory", recipe.scoring.max_memory)
+    for name, most in (("scoring", recipe.scoring.max_memory), ("rule", recipe.rule.max_memory)):
+        if most is not None:
+            byte_size(f"{path}: {name}.max_memory", most)
     if MERGED in recipe.experts:
         raise RecipeError("no expert may bear the merge's name", where=path, got=MERGED, mend="rename the expert")
     return recipe

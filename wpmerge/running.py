@@ -141,7 +141,7 @@ def stages_of(run: Run, places: Mapping[str, Path | None]) -> list[Stage]:
         "scoring": settings_of(recipe.scoring, *ELSEWHERE),
     }
     score = make_stage("score", run.out / "scores", scoring, lambda overwrite: _score(run, overwrite), after=None)
-    fusing = {"rule": settings_of(recipe.rule), "output": settings_of(recipe.output, *ELSEWHERE)}
+    fusing = {"rule": settings_of(recipe.rule, *ELSEWHERE), "output": settings_of(recipe.output, *ELSEWHERE)}
     fuse = make_stage("fuse", run.out / MERGED, fusing, lambda overwrite: _fuse(run, overwrite), after=score)
     stages = [score, fuse]
     if (judging := recipe.evaluation) is not None:
@@ -294,7 +294,7 @@ def _report(run: Run, overwrite: bool) -> object:
 
 def _check_rule(recipe: RunRecipe) -> None:
     """Refuse a rule or scales that cannot be meant, before hours of scoring."""
-    settings, _ = api.fuse_settings(rule=recipe.rule.name, **settings_of(recipe.rule, "name"))
+    settings, _ = api.fuse_settings(rule=recipe.rule.name, **settings_of(recipe.rule, "name", *ELSEWHERE))
     given_scales(settings, tuple(recipe.experts))
     if settings.rule == "joint" and not recipe.scoring.cross:
         raise RecipeError("rule joint needs cross effects", got="scoring.cross: false", mend="leave it out")

@@ -32,6 +32,7 @@ def shapes(hidden: int, inner: int, layers: int, kv: int, vocab: int) -> dict[st
 SIZES = {
     "tiny": {"hidden": 64, "inner": 128, "layers": 2, "kv": 32, "vocab": 256},
     "small": {"hidden": 1024, "inner": 2816, "layers": 4, "kv": 256, "vocab": 8000},
+    "fusing": {"hidden": 1024, "inner": 2816, "layers": 16, "kv": 256, "vocab": 16000},
     "scoring": {"hidden": 2048, "inner": 5632, "layers": 22, "kv": 256, "vocab": 32000},
     "full": {"hidden": 2048, "inner": 5632, "layers": 20, "kv": 512, "vocab": 32000},
     "double": {"hidden": 2048, "inner": 5632, "layers": 43, "kv": 512, "vocab": 32000},
