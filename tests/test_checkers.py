@@ -1,5 +1,6 @@
 """Checkers from files that the user names: judged by lm-eval's own code, put away again, refused one by one."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def write(folder: Path, text: str = REGISTRY, words: str = "def count(text): ret
 
 
 def document(*ids: str, kwargs: list[dict[str, Any]], prompt: str = "Go on") -> dict[str, Any]:
-    return {"key": 1, "prompt": prompt, "instruction_id_list": list(ids), "kwargs": kwargs}
+    return {"key": 1, "prompt": prompt, "instruction_id_list": list(ids), "kwargs": json.dumps(kwargs)}
 
 
 def test_replies_are_judged_and_everything_is_as_before(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -92,24 +93,48 @@ def test_the_registry_is_put_back_after_an_error_and_after_a_file_that_changes_i
     assert dict(ifeval_checkers()) == before
 
 
-def test_two_files_have_modules_of_the_same_names(tmp_path: Path) -> None:
-    other = REGISTRY.replace("count:", "letters:").replace("copy:", "again:")
-    files = [write(tmp_path / "a"), write(tmp_path / "b", other, "def count(text): return len(text)")]
-    with registered(read_checkers(files)):
-        judged = judge_named(document("count:range", "letters:range", kwargs=[RANGE, RANGE]), ["four"])
-        assert judged["inst_level_strict_acc"] == [True, False]
+OTHER = REGISTRY.replace("count:", "letters:").replace("copy:", "again:")
+
+
+def test_modules_of_one_name_beside_two_files_are_refused(tmp_path: Path) -> None:
+    files = [write(tmp_path / "a"), write(tmp_path / "b", OTHER)]
+    with pytest.raises(EvaluationError, match=r"one name(.|\n)*/a and (.|\n)*/b\n(.|\n)*instructions"):
+        read_checkers(files)
+
+
+def test_modules_that_are_imported_late_are_found_and_read_anew(tmp_path: Path) -> None:
+    late = COUNTING.replace("import words", "") + "\n"
+    late = late.replace("return self.low <= words", "import words\n        return self.low <= words")
+    for count, judged in (("len(text.split())", [True]), ("len(text)", [False])):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        for name, text in {"instructions": late, "words": f"def count(text): return {count}", "own": REGISTRY}.items():
+            (tmp_path / "a" / f"{name}.py").write_text(text)
+        checkers = read_checkers([tmp_path / "a" / "own.py"])
+        with registered(checkers):
+            found = judge_named(document("count:range", kwargs=[RANGE]), ["four"])
+        assert found["inst_level_strict_acc"] == judged
+        assert "words" not in sys.modules
+
+
+def test_checkers_of_one_id_are_held_by_one_evaluation_at_a_time(tmp_path: Path) -> None:
+    checkers = read_checkers([write(tmp_path / "a")])
+    with registered(checkers), pytest.raises(EvaluationError, match="another evaluation"), registered(checkers):
+        pass
+    assert "count:range" not in ifeval_checkers()
 
 
 def test_what_tells_checkers_from_others(tmp_path: Path) -> None:
     file = write(tmp_path / "a")
     (first,) = read_checkers([file])
     found = first.fingerprint()
-    assert found["file"] == "registry.py" and len(found["sha256"]) == 64
-    assert set(found["imports"]) == {"instructions.py", "words.py"}
+    assert found["file"] == "registry.py"
+    assert {name: len(digest) for name, digest in found["files"].items()} == dict.fromkeys(
+        ("instructions.py", "registry.py", "words.py"), 64
+    )
     assert read_checkers([file])[0].fingerprint() == found
     (tmp_path / "a" / "words.py").write_text("def count(text): return len(text)  # letters")
     again = read_checkers([file])[0].fingerprint()
-    assert again["sha256"] == found["sha256"] and again["imports"] != found["imports"]
+    assert [name for name, digest in again["files"].items() if digest != found["files"][name]] == ["words.py"]
 
 
 @pytest.mark.parametrize(
@@ -120,10 +145,10 @@ def test_what_tells_checkers_from_others(tmp_path: Path) -> None:
         ("raise SystemExit(3)", r"cannot be imported(.|\n)*SystemExit: 3"),
         ("raise ValueError('one\\ntwo')", r"cannot be imported(.|\n)*ValueError: one\n  expected"),
         ("x = 1", r"defines no checkers(.|\n)*no INSTRUCTION_DICT"),
-        ("INSTRUCTION_DICT = [1]", r"defines no checkers(.|\n)*list \[1\]"),
-        ("INSTRUCTION_DICT = {}", r"defines no checkers(.|\n)*dict {}"),
-        ("INSTRUCTION_DICT = {1: int}", r"defines no checkers(.|\n)*1: <class 'int'>"),
-        ("INSTRUCTION_DICT = {'a:b': len}", r"defines no checkers(.|\n)*'a:b': <built-in"),
+        ("INSTRUCTION_DICT = [1]", r"defines no checkers(.|\n)*is list"),
+        ("INSTRUCTION_DICT = {}", r"defines no checkers(.|\n)*is empty"),
+        ("INSTRUCTION_DICT = {1: int}", r"defines no checkers(.|\n)*from int to type"),
+        ("INSTRUCTION_DICT = {'a:b': len}", r"defines no checkers(.|\n)*from str to builtin"),
         ("INSTRUCTION_DICT = {'a:b': int}", r"'a:b': int without build_description, get_instruction_args, check_foll"),
         (
             "import instructions\nINSTRUCTION_DICT = {'punctuation:no_comma': instructions.Range}",
@@ -144,7 +169,8 @@ def test_no_file_and_one_id_in_two_files(tmp_path: Path) -> None:
     for absent in (tmp_path, tmp_path / "none.py"):
         with pytest.raises(EvaluationError, match=r"is no file(.|\n)*--checkers"):
             read_checkers([absent])
-    files = [write(tmp_path / "a"), write(tmp_path / "b")]
+    files = [write(tmp_path / "a"), tmp_path / "b" / "registry.py"]
+    write(tmp_path / "b")
     with pytest.raises(EvaluationError, match=r"a checker already(.|\n)*b/registry.py(.|\n)*count:range"):
         read_checkers(files)
 

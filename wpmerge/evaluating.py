@@ -117,11 +117,11 @@ def evaluate(
         judged = {"data": data_hash, **({"checkers": own} if own else {})}
         if out is not None:
             check_output(out, inputs=inputs, overwrite=overwrite)  # again: an earlier run may just have ended
-        finished, records = {}, []
+        finished, kept = {}, list[Path]()
         for name, model in sources.items():
             counted = None if progress is None else _named(progress, name)
-            finished[name], record = _one_model(name, model, suite, settings, judged, work, say, counted)
-            records.append(record)
+            finished[name], files = _one_model(name, model, suite, settings, judged, work, say, counted)
+            kept += files
         evaluation = Evaluation(
             models={name: result_from_json(each["result"]) for name, each in finished.items()},
             documents=_same(finished, "documents"),
@@ -144,8 +144,8 @@ def evaluate(
             evaluation.outcomes(skill.expert, skill.metric)  # refuses one without a number per document
         if out is not None:
             _write(evaluation, finished, out, overwrite=overwrite)
-        for record in records:
-            record.unlink(missing_ok=True)
+        for file in kept:
+            file.unlink(missing_ok=True)
     for flag in evaluation.flags():
         say(flag)
     return evaluation
@@ -269,25 +269,26 @@ def _one_model(
     work: Path,
     say: Callable[[str], None],
     progress: Progress | None,
-) -> tuple[dict[str, Any], Path]:
-    """A finished model's record, from the work folder or by running it, and the file that keeps it."""
+) -> tuple[dict[str, Any], tuple[Path, Path]]:
+    """A finished model's record, from the work folder or by running it, and the files that keep it and what it said."""
     start = time.monotonic()
     model, identity = model_identity(name, model, settings)
     parts = {"model": identity, **judged, "settings": asdict(settings), "versions": versions()}
     record = work / f"{file_name(name)}-{_key(parts)}.json"
+    said = {name: part for name, part in parts.items() if name != "checkers"}  # what a model says, whoever judges it
+    cache = work / f"{file_name(name)}-{_key(said)}.requests"
     if record.is_file():
         say(f"{name}: finished in an earlier run")
         found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-        return found, record
-    said = {name: part for name, part in parts.items() if name != "checkers"}  # what a model says, whoever judges it
-    cache = work / f"{file_name(name)}-{_key(said)}.requests"
+        return found, (record, cache)
     if cache.is_file():
         say(f"{name}: going on with the requests that an earlier run finished")
     run = run_model(name, model, suite, settings, cache=cache, say=say, progress=progress)
     found = _record(model, run, suite, time.monotonic() - start)
     write_file(record, json.dumps(found, default=_plain))
-    cache.unlink(missing_ok=True)
-    return found, record
+    if "checkers" not in judged:  # these may be mended before all models are finished
+        cache.unlink(missing_ok=True)
+    return found, (record, cache)
 
 
 def _key(parts: Mapping[str, Any]) -> str:

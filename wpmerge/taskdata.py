@@ -67,8 +67,10 @@ def local_config(
     for split, found in rows.items():
         if str(config.get("task")) == "ifeval":
             check_ifeval(found, files[split])
-            if any(is_named(each) for row in found for each in row["instruction_id_list"]):
+            if any(is_named(each) for part in rows.values() for row in part for each in row["instruction_id_list"]):
                 config = {**config, "process_results": judge_named}
+                for row in found:  # arguments of any JSON type in one column
+                    row["kwargs"] = json.dumps(row["kwargs"])
         elif config.get("process_results") is judge_answer:
             check_fields(found, ANSWER_FIELDS, files[split])
             for row in found:  # answers of any JSON type in one column
