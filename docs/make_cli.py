@@ -67,10 +67,10 @@ wpmerge eval base=BASE merged=merged --tasks instruct --task-data ifeval=ifeval.
 
 **This runs the file, and what it imports, as your own code**, and only because you name it: a recipe of `wpmerge run`
 cannot. Documents with such instructions are tried before a model is run. Arguments reach these checkers as the
-file has them, 0, false and empty text too, as they do in IFBench's own script; to IFEval's, lm-eval hands on none of the three. An id that IFEval
-has is refused unless its class is IFEval's. If a checker fails on a reply, the evaluation stops and names it;
-finished replies are kept beside the output, and judged once it is mended. Where a Python file of its
-folder has changed, finished models are judged again, from what they said. Modules beside two files of checkers may not
+file has them, 0, false and empty text too, as they do in IFBench's own script; to IFEval's, lm-eval hands on none of
+the three. An id that IFEval has is refused unless its class is IFEval's. If a checker fails on a reply, the evaluation
+stops and names it; finished replies are kept beside the output, and judged once it is mended. Where a Python file of
+its folder has changed, finished models are judged again, from what they said. Modules beside two files of checkers may not
 have one name. The evaluation's `provenance` has the names and SHA-256 of all of these."""
 
 

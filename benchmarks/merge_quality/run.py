@@ -226,6 +226,9 @@ def kept_tables(out: Path, seeds: tuple[int, ...], against: str | None) -> str:
             if names := tuple(n for of, n in found if of == subset and all((of, n, seed) in records for seed in some)):
                 tables[names] = some
         for names, some in tables.items():
+            if against is not None and against not in names:
+                texts.append(f"{'+'.join(subset)}, {len(some)} seeds: {against} has not run there")
+                continue
             cells = [
                 make_cell(records, subset, names, rivals=rivals, measure=each, seeds=some) for each in get_args(Measure)
             ]
@@ -289,6 +292,8 @@ def main() -> None:
         began = time.monotonic()
         out = arguments.out / (f"{name}-quick" if arguments.quick else name)
         if arguments.kept:
+            if not (out / "results.jsonl").exists():
+                parser.error(f"{out} keeps no results (--out)")
             text = kept_tables(out, setups[name].bench.seeds, arguments.against)
             if arguments.against is None:
                 (out / "table.md").write_text(text + "\n", encoding="utf-8")
