@@ -70,8 +70,8 @@ cannot. Documents with such instructions are tried before a model is run. Argume
 file has them, 0, false and empty text too, as they do in IFBench's own script; to IFEval's, lm-eval hands on none of
 the three. An id that IFEval has is refused unless its class is IFEval's. If a checker fails on a reply, the evaluation
 stops and names it; finished replies are kept beside the output, and judged once it is mended. Where a Python file of
-its folder has changed, finished models are judged again, from what they said. Modules beside two files of checkers may not
-have one name. The evaluation's `provenance` has the names and SHA-256 of all of these."""
+its folder has changed, finished models are judged again, from what they said. Modules beside two files of checkers may
+not have one name. The evaluation's `provenance` has the names and SHA-256 of all of these."""
 
 
 def reference() -> str:
