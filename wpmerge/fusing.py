@@ -185,7 +185,6 @@ def say_what_is_not_kept(scores: Scores, outcome: RuleOutcome) -> None:
 
 def _within(most: int, family: Family, scores: Scores, settings: FuseSettings) -> Family:
     """The models, held as a bound on memory allows."""
-    checkpoints = (family.base, *family.experts.values())
     steps = settings.rule == "refine"
     allowed = merging_budget(
         family.layout,
@@ -193,7 +192,7 @@ def _within(most: int, family: Family, scores: Scores, settings: FuseSettings) -
         most=most,
         longest=max(TOKENS_PER_ROW, _longest(family, scores, scored=steps)),
         resident=family.resident,
-        stored_bytes=max(info.dtype.itemsize for checkpoint in checkpoints for info in checkpoint.tensors.values()),
+        stored_bytes=family.stored_bytes,
         gradients=steps,
     )
     return bounded(family, allowed)

@@ -202,8 +202,7 @@ def return_freed_memory() -> None:
 
 def _streamed_bytes(layout: Layout, stored_bytes: int, *, gradients: bool, teacher: bool) -> int:
     """Most that weights take when they are read layer by layer: a layer of base and expert, or what is outside them."""
-    layer = sum(_size(layout.shapes[name]) for name in layout.layer_tensors(0))
-    outer = sum(_size(layout.shapes[name]) for name in layout.outer_tensors())
+    layer, outer, _ = _parts(layout)
     # outside the layers: two models as stored, and one matrix more while it is read or its parts are converted
     matrices = stored_bytes * (2 * outer + _size(layout.shapes[layout.head]))
     if gradients:  # the point and its gradient, a row's gradient, Δ and the product with it

@@ -14,7 +14,7 @@ from wpmerge.directory import read_json
 from wpmerge.engine import Engine, empty_model
 from wpmerge.errors import CheckpointError
 from wpmerge.memory import Budget, reply_per_token
-from wpmerge.readouts import final_states, run_together
+from wpmerge.readouts import rows_run
 from wpmerge.replies import Decoding, read_and_reply
 from wpmerge.rows import pack
 from wpmerge.vocabulary import Vocabulary, match_vocabulary
@@ -42,6 +42,12 @@ class Family:
     chat: Chat
     weights: Mapping[str, WeightSource]
     resident: bool = True
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes per weight in the checkpoints, the most of any."""
+        checkpoints = (self.base, *self.experts.values())
+        return max(info.dtype.itemsize for checkpoint in checkpoints for info in checkpoint.tensors.values())
 
 
 def open_family(
@@ -208,12 +214,11 @@ def _streamed_continuations(
     for _ in range(tokens):
         rows = pack([sequences[number] + replies[number] for number in open_])
         outer = source.outer(family.layout.output_tensors())
-        for group in run_together(engine, rows):
-            for row, hidden in zip(group, final_states(engine, source, group, family.layout.layers - 1), strict=True):
-                last = torch.stack([place[-1] for place in row.places.values()]).to(hidden.device)
-                chosen = engine.logits(outer, hidden[:, last])[0].argmax(dim=-1).tolist()
-                for number, token in zip(row.places, chosen, strict=True):
-                    replies[open_[number]].append(token)
+        for row, hidden in rows_run(engine, source, rows, family.layout.layers - 1):
+            last = torch.stack([place[-1] for place in row.places.values()]).to(hidden.device)
+            chosen = engine.logits(outer, hidden[:, last])[0].argmax(dim=-1).tolist()
+            for number, token in zip(row.places, chosen, strict=True):
+                replies[open_[number]].append(token)
         open_ = [number for number in open_ if replies[number][-1] not in ends]
         if not open_:
             break

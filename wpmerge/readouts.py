@@ -189,7 +189,7 @@ def reply_readout(engine: Engine, expert: WeightSource, rows: Sequence[Row], own
     """The readout of an expert's replies, with ceilings from one run of the expert."""
     outer = expert.outer(engine.layout.output_tensors())
     found: dict[int, Tensor] = {}
-    for row, hidden in _rows_run(engine, expert, rows, own.layer):
+    for row, hidden in rows_run(engine, expert, rows, own.layer):
         values = own.per_token(engine, outer, hidden[:, own.places(row)], row)[0]
         lengths = [len(own.sequences[number]) - own.starts[number] for number in row.places]
         found |= zip(row.places, values.cpu().split(lengths), strict=True)
@@ -304,7 +304,7 @@ def run_together(engine: Engine, rows: Sequence[Row]) -> Iterator[Sequence[Row]]
     return row_groups(rows, engine.held_bytes // stream_per_token(engine.layout, FORWARD_STATES, longest))
 
 
-def _rows_run(engine: Engine, source: WeightSource, rows: Sequence[Row], last: int) -> Iterator[tuple[Row, Tensor]]:
+def rows_run(engine: Engine, source: WeightSource, rows: Sequence[Row], last: int) -> Iterator[tuple[Row, Tensor]]:
     """Every row with its residual stream after layer ``last``."""
     for group in run_together(engine, rows):
         yield from zip(group, final_states(engine, source, group, last), strict=True)

@@ -139,13 +139,12 @@ def _measured(
 
 
 def _budget(family: Family, settings: ScoreSettings) -> Budget:
-    checkpoints = (family.base, *family.experts.values())
     return budget(
         family.layout,
-        len(checkpoints),
+        1 + len(family.experts),
         most=settings.max_memory,
         resident=family.resident,
-        stored_bytes=max(info.dtype.itemsize for checkpoint in checkpoints for info in checkpoint.tensors.values()),
+        stored_bytes=family.stored_bytes,
         gradients="integrated" in settings.estimators,
         teacher=not {"divergence", "auto"}.isdisjoint(settings.readouts),
     )
