@@ -5,6 +5,7 @@ line of any other is a comment that readers see too: ``# needs a GPU``, ``# need
 models``. All of them are parsed.
 """
 
+import ast
 import doctest
 import importlib
 import re
@@ -217,6 +218,20 @@ def test_links_lead_somewhere() -> None:
             assert path.exists(), f"{page.name}: {target}"
             if anchor:
                 assert anchor in anchors(path), f"{page.name}: {target}"
+
+
+def test_the_modules_of_the_readme_import_only_from_lines_above_their_own() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## The code")[2]
+    lines = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    modules = {path.stem: path for path in (ROOT / "wpmerge").glob("[a-z]*.py")} | {
+        "builtin": ROOT / "wpmerge" / "builtin" / "__init__.py"
+    }
+    assert sorted(lines) == sorted(modules)
+    for number, name in enumerate(lines):
+        for node in ast.walk(ast.parse(modules[name].read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("wpmerge."):
+                imported = str(node.module).split(".")[1]
+                assert imported == name or imported in lines[:number], f"{name} imports {imported}, which comes later"
 
 
 def anchors(page: Path) -> set[str]:

@@ -36,8 +36,8 @@ EXACT = FORWARD * 3520 / 699 / 12
 OPENING = 77.0
 """Seconds per billion parameters and model for reading, converting, gaps and noise floor: what the above leave of
 scoring/streaming.json's 243.8 s, for two models of 1.1 billion."""
-MERGING = 2.0
-"""Seconds per billion parameters and model read: docs/performance.md, 8 s for a base and three experts."""
+MERGING = 4.9 / (4 * 1.03)
+"""Seconds per billion parameters and model read: merge/quiet.json, one thread, a base and three experts."""
 TOKEN = 665.1 / (3 * 89 * 128) / 0.1345
 """Seconds per billion parameters and token that a model writes, 16 replies at a time: evaluation/ifeval.json."""
 LEAST_SECONDS = 60.0
