@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from families import write_family, write_prompts
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from wpmerge import refining
 from wpmerge.calibration import GRID, retention, utility
 from wpmerge.checkpoint import open_checkpoint
 from wpmerge.errors import CapabilityError, CheckpointError, OutputError, RecipeError, WpmergeError
@@ -302,7 +304,7 @@ def tree(root: Path) -> dict[str, bytes]:
     [
         ("scores", "is an input"),
         ("scores/merged", "lies inside an input"),
-        ("b", "is an input"),
+        ("b", "not an output"),
         ("base/merged", "lies inside an input"),
         (".", "contains an input"),
     ],
@@ -316,6 +318,95 @@ def test_an_output_over_an_input_is_refused_before_any_work(
         disk.fuse(disk.root / out, overwrite=True, plan_only=plan_only, progress=lambda *step: steps.append(step))
     assert steps == []
     assert tree(disk.root) == before
+
+
+def counted(runs: list[str], name: str, real: Any, *args: Any, **options: Any) -> Any:
+    """Call a function, and say that it ran."""
+    runs.append(name)
+    return real(*args, **options)
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        ("choosing scales", 2),
+        ("refining", 2),
+        ("keeping to the retain sets", 3),
+        ("refining within the retain sets", 1),
+    ],
+)
+def test_an_interrupted_fusion_goes_on_and_ends_in_the_same_bytes(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: tuple[str, int]
+) -> None:
+    capabilities = {name: str(disk.root / f"{name}.jsonl") for name in ("a", "b")}
+    experts = {name: str(disk.models[name]) for name in ("a", "b")}
+    retain = {"plain": str(write_prompts(tmp_path / "plain.jsonl", seed=7))}
+    scores = tmp_path / "scores"
+    base = str(disk.models["base"])
+    score(base=base, experts=experts, capabilities=capabilities, retain=retain, out=scores, settings=SETTINGS)
+    settings = FuseSettings(rule="refine", steps=3, batch=2, tolerance=1e-4)
+    runs: list[str] = []
+    for name in ("directional_sums", "assess"):
+        real = getattr(refining, name)
+        monkeypatch.setattr(refining, name, partial(counted, runs, name, real))
+    whole = fuse(scores, tmp_path / "whole", settings=settings, plan_only=True)
+    assert whole.outcome.refined is not None and whole.outcome.refined.kept is not None
+    all_runs = runs.copy()
+    runs.clear()
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if (stage, done) == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fuse(scores, tmp_path / "out", settings=settings, plan_only=True, progress=stop)
+    assert not (tmp_path / "out").exists() and runs
+    before = len(runs)
+    fuse(scores, tmp_path / "out", settings=settings, plan_only=True)
+    assert sorted(runs) == sorted(all_runs), "nothing was read twice, and nothing left out"
+    assert before < len(runs)
+    for name in ("plan.safetensors", "recipe.yml"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plain.jsonl", "scores", "whole"]
+
+
+def test_what_an_interrupted_fusion_left_is_of_no_use_to_another(disk: Disk, tmp_path: Path) -> None:
+    def stop(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("refining", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        disk.fuse(tmp_path / "out", rule="refine", steps=2, batch=2, plan_only=True, progress=stop)
+    kept = tmp_path / ".out.wpmerge-work" / "out" / "pieces"
+    assert any(kept.glob("step-*")) and any(kept.glob("standing-*")) and any(kept.glob("scored-*"))
+    other = disk.fuse(tmp_path / "out", rule="refine", steps=2, batch=2, ridge=0.1, plan_only=True)
+    fresh = disk.fuse(tmp_path / "fresh", rule="refine", steps=2, batch=2, ridge=0.1, plan_only=True)
+    assert torch.equal(other.outcome.values, fresh.outcome.values)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "out"]
+
+
+def test_an_output_that_cannot_be_written_keeps_what_was_found(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OutputError("the output could not be written: No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="No space left"):
+        patch.setattr("wpmerge.fusing.merge", full)
+        disk.fuse(tmp_path / "out", rule="refine", steps=2, batch=2)
+    assert any((tmp_path / ".out.wpmerge-work" / "out" / "pieces").glob("step-*"))
+    monkeypatch.setattr(refining, "directional_sums", full)
+    disk.fuse(tmp_path / "out", rule="refine", steps=2, batch=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_place_that_cannot_hold_the_output_is_refused_before_any_work(disk: Disk, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    steps: list[Any] = []
+    for out in (tmp_path / "file" / "out", tmp_path / "file" / "deep" / "out"):
+        with pytest.raises(OutputError, match="cannot write beside"):
+            disk.fuse(out, progress=lambda *step: steps.append(step))
+    assert steps == []
 
 
 def test_an_output_that_exists_is_kept_or_replaced_whole(disk: Disk, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ def names(path):
 
 
 def fill(directory, text="new"):
-    write_file(directory / "config.json", text)
+    write_file(directory / "merge.json", text)
 
 
 def test_appears_only_when_whole(tmp_path):
@@ -25,8 +25,8 @@ def test_appears_only_when_whole(tmp_path):
         assert not out.exists()
         assert directory.parent.parent == tmp_path
     assert names(tmp_path) == ["out"]
-    assert names(out) == ["config.json"]
-    assert (out / "config.json").read_text() == "new"
+    assert names(out) == ["merge.json"]
+    assert (out / "merge.json").read_text() == "new"
 
 
 def test_permissions_follow_the_umask(tmp_path):
@@ -37,7 +37,7 @@ def test_permissions_follow_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
-    assert (tmp_path / "out" / "config.json").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "out" / "merge.json").stat().st_mode & 0o777 == 0o640
 
 
 def test_an_exception_leaves_nothing(tmp_path):
@@ -50,7 +50,7 @@ def test_an_exception_leaves_nothing(tmp_path):
 def test_parents_are_made(tmp_path):
     with output_directory(tmp_path / "a" / "b" / "out") as directory:
         fill(directory)
-    assert (tmp_path / "a" / "b" / "out" / "config.json").is_file()
+    assert (tmp_path / "a" / "b" / "out" / "merge.json").is_file()
 
 
 def test_existing_is_refused_then_swapped_whole(tmp_path):
@@ -62,9 +62,9 @@ def test_existing_is_refused_then_swapped_whole(tmp_path):
         pytest.fail("entered")
     with output_directory(out, overwrite=True) as directory:
         fill(directory)
-        assert (out / "config.json").read_text() == "old"
-    assert names(out) == ["config.json"]
-    assert (out / "config.json").read_text() == "new"
+        assert (out / "merge.json").read_text() == "old"
+    assert names(out) == ["merge.json"]
+    assert (out / "merge.json").read_text() == "new"
     assert names(tmp_path) == ["out"]
 
 
@@ -75,7 +75,7 @@ def test_a_failed_overwrite_keeps_the_old(tmp_path):
     with pytest.raises(ZeroDivisionError), output_directory(out, overwrite=True) as directory:
         fill(directory)
         1 / 0  # noqa: B018
-    assert (out / "config.json").read_text() == "old"
+    assert (out / "merge.json").read_text() == "old"
     assert names(tmp_path) == ["out"]
 
 
@@ -101,7 +101,7 @@ def test_somebody_elses_directory_is_never_replaced(tmp_path):
 def test_an_input_is_never_the_output(tmp_path, out, relation, overwrite):
     base = tmp_path / "models" / "base"
     base.mkdir(parents=True)
-    (base / "config.json").write_text("{}")
+    (base / "merge.json").write_text("{}")
     (tmp_path / "link").symlink_to(tmp_path / "models")
     with pytest.raises(OutputError, match=f"the output {relation} an input"):
         check_output(tmp_path / out, inputs=[tmp_path / "other", base], overwrite=overwrite)
@@ -144,23 +144,23 @@ def test_a_kill_during_the_swap_loses_nothing(tmp_path, exchange):
         "    if left[0] == 0: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return done\n"
         "with o.output_directory(Path(sys.argv[1]), overwrite=True, fingerprint='f') as d:\n"
-        "    o.write_file(d / 'config.json', 'new')\n"
+        "    o.write_file(d / 'merge.json', 'new')\n"
         "    Path.rename, o._exchange = dying, dying_swap"
     )
     out, deaths = tmp_path / "out", 0
     for moment in range(5):
         out.mkdir()
-        (out / "config.json").write_text("old")
+        (out / "merge.json").write_text("old")
         done = subprocess.run([sys.executable, "-c", code, str(out), str(moment), str(exchange)], check=False)
         deaths += done.returncode == -9
         with pytest.raises(OutputError, match="exists"), output_directory(out, fingerprint="f"):
             pytest.fail("entered")
-        assert (out / "config.json").read_text() in ("old", "new")
+        assert (out / "merge.json").read_text() in ("old", "new")
         with output_directory(out, overwrite=True, fingerprint="f") as directory:
             fill(directory, "newer")
-        assert (out / "config.json").read_text() == "newer"
+        assert (out / "merge.json").read_text() == "newer"
         assert names(tmp_path) == ["out"]
-        (out / "config.json").unlink()
+        (out / "merge.json").unlink()
         out.rmdir()
     assert deaths >= 2
 
@@ -181,7 +181,7 @@ def test_two_runs_do_not_share_an_output(tmp_path):
         pytest.fail("entered")
     leave.set()
     thread.join()
-    assert (out / "config.json").read_text() == "new"
+    assert (out / "merge.json").read_text() == "new"
 
 
 @pytest.fixture
@@ -231,12 +231,12 @@ def test_the_same_work_resumes_after_a_kill_just_before_the_swap(tmp_path, overw
     out = tmp_path / "out"
     if overwrite:
         out.mkdir()
-        (out / "config.json").write_text("old")
+        (out / "merge.json").write_text("old")
     code = (
         "import os, signal, sys; from pathlib import Path; import wpmerge.output as o\n"
         "def die(*paths): os.kill(os.getpid(), signal.SIGKILL)\n"
         "with o.output_directory(Path(sys.argv[1]), overwrite=True, fingerprint='same') as d:\n"
-        "    o.write_file(d / 'config.json', 'new'); o.write_file(d / 'shard', 'done')\n"
+        "    o.write_file(d / 'merge.json', 'new'); o.write_file(d / 'shard', 'done')\n"
         "    rename = Path.rename\n"
         "    Path.rename = lambda self, to: die() if self.name == 'out' else rename(self, to)\n"
         "    o._exchange = die"
@@ -244,7 +244,7 @@ def test_the_same_work_resumes_after_a_kill_just_before_the_swap(tmp_path, overw
     assert subprocess.run([sys.executable, "-c", code, str(out)], check=False).returncode == -9
     assert out.exists() == overwrite
     with output_directory(out, overwrite=overwrite, fingerprint="same") as directory:
-        assert names(directory) == ["config.json", "shard"]
-        assert not overwrite or (out / "config.json").read_text() == "old"
-    assert names(out) == ["config.json", "shard"]
+        assert names(directory) == ["merge.json", "shard"]
+        assert not overwrite or (out / "merge.json").read_text() == "old"
+    assert names(out) == ["merge.json", "shard"]
     assert names(tmp_path) == ["out"]

@@ -4,7 +4,7 @@ Shape suffixes: E experts.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -172,6 +172,19 @@ class Standing:
 
     kept: Mapping[str, float]
     lost: Mapping[str, float] = field(default_factory=dict)
+
+    def arrays(self) -> dict[str, Tensor]:
+        """All of it as named tensors, to the bit."""
+        named = {f"kept/{name}": value for name, value in self.kept.items()}
+        named |= {f"lost/{name}": value for name, value in self.lost.items()}
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in named.items()}
+
+    @staticmethod
+    def of(arrays: Mapping[str, Tensor], order: Collection[str]) -> "Standing":
+        """What :meth:`arrays` gave, capabilities and retain sets in this order: sums run over them."""
+        kept = {name: float(arrays[f"kept/{name}"]) for name in order if f"kept/{name}" in arrays}
+        lost = {name: float(arrays[f"lost/{name}"]) for name in order if f"lost/{name}" in arrays}
+        return Standing(kept=kept, lost=lost)
 
     def excess(self, tolerance: float = TOLERANCE) -> float:
         """What the retain sets have lost beyond the tolerance, in tolerances."""

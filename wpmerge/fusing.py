@@ -1,5 +1,7 @@
 """From Scores to a merged checkpoint: the work behind ``wpmerge fuse``."""
 
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -15,13 +17,14 @@ from wpmerge.explaining import check_names, explain
 from wpmerge.memory import merging_budget, return_freed_memory
 from wpmerge.merging import SHARD_BYTES, MergeSummary, merge
 from wpmerge.models import Family, bounded, open_family
-from wpmerge.output import check_output, check_space, output_directory, write_file
+from wpmerge.output import check_output, check_space, output_directory, work_directory, write_file
+from wpmerge.pieces import Pieces
 from wpmerge.plan import BASE, InputModel, Operator, Plan, input_model
-from wpmerge.provenance import provenance
+from wpmerge.provenance import provenance, versions
 from wpmerge.readings import Progress
 from wpmerge.recipe import check_with_mergekit, recipe_text
 from wpmerge.rules import FuseSettings, RuleOutcome, coefficients_for
-from wpmerge.scores import Scores, load_scores
+from wpmerge.scores import FILES, Scores, load_scores
 from wpmerge.streaming import job_dtype
 from wpmerge.tuning import TOKENS_PER_ROW, reference_limit
 
@@ -113,7 +116,8 @@ def fuse(
     inputs = [scores_dir, *(checkpoint.path for checkpoint in checkpoints.values())]
     check_output(out, inputs=inputs, overwrite=overwrite)
     if not plan_only:  # before minutes are spent on choosing scales
-        check_space(out, total=_weight_bytes(family.base, dtype))
+        total = _weight_bytes(family.base, dtype)
+        check_space(out, total=total, largest=min(total, shard_bytes))
     operator = operator or Operator()
     if exact_recipe is not None:
         check_output(exact_recipe, inputs=[*inputs, out], overwrite=overwrite)  # nor may it replace the merge
@@ -123,42 +127,43 @@ def fuse(
         family = _within(settings.max_memory, family, scores, settings)
     if settings.max_memory is not None or not family.resident:
         return_freed_memory()
-    outcome = coefficients_for(settings, family, scores, progress=tell)
-    say_what_is_not_kept(scores, outcome)
-    explained = [explain(outcome, family.layout, name) for name in explanations]
-    plan = Plan(
-        base=input_model(family.base),
-        experts={name: input_model(expert) for name, expert in family.experts.items()},
-        coefficients=outcome.coefficients,
-        rule=settings.rule,
-        granularity=settings.level,
-        operator=operator,
-        steps=outcome.steps,
-        provenance=provenance(settings, started, device=device, **outcome.record),
-    )
-    tell("recipe", 0, 1)
-    recipe = recipe_text(plan, checkpoints)
-    check_with_mergekit(recipe, plan, family.base)
-    summary = None
-    if plan_only:
-        with output_directory(out, inputs=inputs, overwrite=overwrite) as staging:
-            plan.save(staging)
-            write_file(staging / "recipe.yml", recipe)
-    else:
-        summary = merge(
-            plan,
-            checkpoints,
-            out,
-            shard_bytes=shard_bytes,
-            dtype=dtype,
-            threads=threads,
-            overwrite=overwrite,
-            allow_nan=allow_nan,
-            vocab=scored_vocabulary(scores),
-            progress=lambda done, total: tell("writing", done, total),
+    with work_directory(out, fingerprint=_fingerprint(family, scores, scores_dir, settings, device=device)) as work:
+        outcome = coefficients_for(settings, family, scores, pieces=Pieces(work / "pieces"), progress=tell)
+        say_what_is_not_kept(scores, outcome)
+        explained = [explain(outcome, family.layout, name) for name in explanations]
+        plan = Plan(
+            base=input_model(family.base),
+            experts={name: input_model(expert) for name, expert in family.experts.items()},
+            coefficients=outcome.coefficients,
+            rule=settings.rule,
+            granularity=settings.level,
+            operator=operator,
+            steps=outcome.steps,
+            provenance=provenance(settings, started, device=device, **outcome.record),
         )
-    if exact_recipe is not None:
-        write_exact_recipe(plan, checkpoints, exact_recipe, overwrite=overwrite)
+        tell("recipe", 0, 1)
+        recipe = recipe_text(plan, checkpoints)
+        check_with_mergekit(recipe, plan, family.base)
+        summary = None
+        if plan_only:
+            with output_directory(out, inputs=inputs, overwrite=overwrite) as staging:
+                plan.save(staging)
+                write_file(staging / "recipe.yml", recipe)
+        else:
+            summary = merge(
+                plan,
+                checkpoints,
+                out,
+                shard_bytes=shard_bytes,
+                dtype=dtype,
+                threads=threads,
+                overwrite=overwrite,
+                allow_nan=allow_nan,
+                vocab=scored_vocabulary(scores),
+                progress=lambda done, total: tell("writing", done, total),
+            )
+        if exact_recipe is not None:
+            write_exact_recipe(plan, checkpoints, exact_recipe, overwrite=overwrite)
     standing = outcome.standing
     return FuseResult(
         plan=plan,
@@ -170,6 +175,24 @@ def fuse(
         summary=summary,
         out=out,
     )
+
+
+def _fingerprint(family: Family, scores: Scores, scores_dir: Path, settings: FuseSettings, *, device: str) -> str:
+    """What decides the coefficients: what a killed run has finished is used again only if it is the same."""
+    records = scores.capabilities.values() if settings.rule == "refine" else ()
+    scored = [text for record in records for text in record.scored]
+    parts = {
+        "scores": [hashlib.sha256((scores_dir / name).read_bytes()).hexdigest() for name in FILES],
+        # what tokenizer and chat template make of the prompts, and what no weight shows
+        "tokens": [family.chat.prompt_tokens(text) for text in scored],
+        "config": family.base.config,
+        "settings": repr(settings),
+        "device": device,
+        "resident": family.resident,
+        "held": family.engine.held_bytes,
+        "versions": versions(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def say_what_is_not_kept(scores: Scores, outcome: RuleOutcome) -> None:

@@ -17,8 +17,21 @@ from pathlib import Path
 
 from wpmerge.errors import OutputError
 
-# A directory is replaced only if it holds one of these: --overwrite is for our outputs, not for somebody's home.
-OWN_FILES = ("config.json", "plan.json", "scores.json", "evaluation.json", "proof.json", "figures.json")
+# A directory is replaced only if it holds one of these: --overwrite is for our outputs, nobody's home or model.
+OWN_FILES = (
+    "merge.json",
+    "plan.json",
+    "scores.json",
+    "evaluation.json",
+    "proof.json",
+    "figures.json",
+    "mergekit_config.yml",  # mergekit's own, of a merge that it was handed
+)
+EXACT_FILES = ("config.json", "recipe.yml")
+"""What a directory of an exact recipe holds, which has none of those."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Of an OSError: there is no room, or the process may not write so much."""
 
 _EXCHANGE, _AT_FDCWD = 2, -100  # renameat2(2), linux/fs.h
 
@@ -40,6 +53,7 @@ def check_output(out: Path, *, inputs: Iterable[Path], overwrite: bool) -> None:
             relation = "is" if mine == theirs else "contains" if mine in theirs.parents else "lies inside"
             raise OutputError(f"the output {relation} an input", where=out, got=path, mend="choose another output path")
     if not os.path.lexists(out):
+        _check_place(out)
         return
     if out.is_symlink() or not out.is_dir():
         raise OutputError("the output path is not a directory", where=out, mend="choose another output path")
@@ -47,13 +61,22 @@ def check_output(out: Path, *, inputs: Iterable[Path], overwrite: bool) -> None:
         raise OutputError(
             "the output directory exists", where=out, mend="choose another path, or replace it with --overwrite"
         )
-    if any(out.iterdir()) and not any((out / name).is_file() for name in OWN_FILES):
+    own = any((out / name).is_file() for name in OWN_FILES) or all((out / name).is_file() for name in EXACT_FILES)
+    if any(out.iterdir()) and not own:
         raise OutputError(
-            "refused to replace a directory that is not an output of wpmerge or a checkpoint",
+            "refused to replace a directory that is not an output of wpmerge",
             where=out,
             expected=f"one of {', '.join(OWN_FILES)} in it",
             mend="remove it yourself, or choose another output path",
         )
+
+
+def _check_place(out: Path) -> None:
+    """Refuse a name under which nothing can be made, before work is done for it."""
+    parent = next(path for path in out.absolute().parents if os.path.lexists(path))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        got = "it may not be written" if parent.is_dir() else "it is no directory"
+        raise OutputError("cannot write beside the output path", where=out, got=f"{parent}: {got}")
 
 
 def check_output_file(out: Path, *, overwrite: bool) -> None:
@@ -134,19 +157,56 @@ def output_directory(
             _remove(box)
     except OSError as error:
         _remove(box)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OutputError(
-                f"the output could not be written: {error.strerror}",
-                where=out,
-                expected=f"room for {total:,} bytes",
-                mend="free some space or raise the limit, then run the same command again",
-            ) from error
+        if error.errno in FULL:
+            raise _no_room(out, error, total) from error
         raise
     except _Busy:
         raise OutputError("another run is writing this output", where=out) from None
     except Exception:
         _remove(box)
         raise
+
+
+@contextlib.contextmanager
+def work_directory(out: Path, *, fingerprint: str) -> Iterator[Path]:
+    """Yield a hidden directory beside an output for what is finished of the work on it; gone when the output is there.
+
+    Args:
+        out: the output's final name.
+        fingerprint: identifies the work; what another work has left is removed.
+
+    An interrupt, a kill, and an output that cannot be written leave it for the next run; another exception removes it.
+
+    Raises:
+        OutputError: nothing can be written there, another run is at work, or the disk is full.
+    """
+    out = Path(os.path.normpath(out.absolute()))
+    work = out.with_name(f".{out.name}.wpmerge-work")
+    try:
+        with _locked(out, work):
+            yield _open_box(work, fingerprint)
+            _remove(work)
+    except _Busy:
+        raise OutputError("another run is writing this output", where=out) from None
+    except OutputError:
+        raise
+    except OSError as error:
+        if error.errno in FULL:
+            raise _no_room(out, error, 0) from error
+        _remove(work)
+        raise
+    except Exception:
+        _remove(work)
+        raise
+
+
+def _no_room(out: Path, error: OSError, total: int) -> OutputError:
+    return OutputError(
+        f"the output could not be written: {error.strerror}",
+        where=out,
+        expected=f"room for {total:,} bytes" if total else None,
+        mend="free some space or raise the limit, then run the same command again",
+    )
 
 
 def write_file(path: Path, data: bytes | str) -> None:

@@ -8,6 +8,8 @@ to a merge"). With retain sets among the prompts it keeps what these may lose (:
 Shape suffixes: E experts, G groups.
 """
 
+import hashlib
+import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +28,7 @@ from wpmerge.engine import Engine
 from wpmerge.gradients import Term, directional_sums
 from wpmerge.levels import Levels, Parts, RefineSettings, laid_out, make_levels, no_parts, together
 from wpmerge.memory import FLOAT, stream_per_token
+from wpmerge.pieces import Forget, Keeper
 from wpmerge.plan import Added, Coefficient, Steps
 from wpmerge.readouts import LogProbReadout, ReplyReadout, measure
 from wpmerge.retain_steps import Halves, Known, Retained, held_back
@@ -153,6 +156,7 @@ class Merging:
         experts: by name.
         grouping: what shares a coefficient.
         resident: hold a merge's weights while it is run several times; otherwise one layer of them.
+        kept: keeps what was read of a merge, by its coefficients and the prompts: a killed run goes on from there.
     """
 
     engine: Engine
@@ -160,6 +164,7 @@ class Merging:
     experts: Mapping[str, WeightSource]
     grouping: Grouping
     resident: bool = True
+    kept: Keeper = field(default_factory=Forget)
 
     @property
     def layout(self) -> Layout:
@@ -177,6 +182,15 @@ class Merging:
         """The merge: held once it is made, or made wherever it is asked for."""
         merged = merged_source(self.engine, self.base, self.experts, self.per_tensor(values))
         return _Once(source=merged) if self.resident else merged
+
+    def assess(self, values: Float[Tensor, "E G"], readings: Mapping[str, HeldOutReading]) -> Standing:
+        """Where the merge with these coefficients stands; read once, even if the run is killed and repeated."""
+        key = f"standing-{_digest(values, [(name, _tokens(each)) for name, each in readings.items()])}"
+        if (found := self.kept.get(key)) is not None:
+            return Standing.of(found, readings)
+        standing = assess(self.engine, self.source(values), readings)
+        self.kept.put(key, standing.arrays())
+        return standing
 
     def norms(self) -> Float[Tensor, "E G"]:
         """‖Δ_e[g]‖²."""
@@ -239,22 +253,60 @@ def refine(
     for step in range(settings.steps):
         if progress is not None:
             progress(step, settings.steps)
-        merged = merging.source(together(levels, walk.parts))
-        utility: list[Term] = []
-        retained = []
-        for name, reading in prompts.items():
-            taken = draws[name].take(settings.batch)
-            terms = [_term(reading, taken[half::HALVES] or taken, half, known.get(name)) for half in range(HALVES)]
-            if reading.retain:  # a run of its own: it has a gradient of its own
-                retained.append((_slopes(merging, merged, terms), known[name].lost))
-            else:
-                utility += terms
-        halves = _slopes(merging, merged, utility)
-        del merged  # before another one is looked at
-        walk.step(halves, retained, step)
+        taken = {name: draw.take(settings.batch) for name, draw in draws.items()}
+        slopes = _batch_slopes(merging, together(levels, walk.parts), prompts, taken, known)
+        walk.step(slopes[""], [(slopes[name], known[name].lost) for name in known], step)
     if progress is not None:
         progress(settings.steps, settings.steps)
     return walk.result()
+
+
+def _batch_slopes(
+    merging: Merging,
+    values: Float[Tensor, "E G"],
+    prompts: Mapping[str, HeldOutReading],
+    taken: Mapping[str, Sequence[int]],
+    known: Mapping[str, Known],
+) -> dict[str, Halves]:
+    """The gradients at a merge on a batch of prompts: of the utility under "", of each retain set under its name.
+
+    What the retain sets have changed by is brought up to date in ``known``. Both are read once, even if the run is
+    killed and repeated.
+    """
+    batch = [(name, _tokens(prompts[name]), list(items)) for name, items in taken.items()]
+    changes = {name: each.changes for name, each in known.items()}
+    key = f"step-{_digest(values, batch, *changes.values())}"
+    if (found := merging.kept.get(key)) is not None:
+        for name, change in changes.items():
+            change.copy_(found[f"changes/{name}"])
+        return {name: tuple(found[f"slopes/{name}"]) for name in ("", *known)}
+    merged = merging.source(values)
+    utility: list[Term] = []
+    slopes: dict[str, Halves] = {}
+    for name, reading in prompts.items():
+        items = taken[name]
+        terms = [_term(reading, items[half::HALVES] or items, half, known.get(name)) for half in range(HALVES)]
+        if reading.retain:  # a run of its own: it has a gradient of its own
+            slopes[name] = _slopes(merging, merged, terms)
+        else:
+            utility += terms
+    slopes[""] = _slopes(merging, merged, utility)
+    made = {f"slopes/{name}": torch.stack(each) for name, each in slopes.items()}
+    merging.kept.put(key, made | {f"changes/{name}": change for name, change in changes.items()})
+    return slopes
+
+
+def _tokens(reading: HeldOutReading) -> list[list[int]]:
+    assert isinstance(reading.readout, (LogProbReadout, ReplyReadout)), "merges are read on references"
+    return [list(each) for each in reading.readout.sequences]
+
+
+def _digest(values: Float[Tensor, "E G"], asked: object, *more: Tensor) -> str:
+    """A key: equal for the same coefficients and the same prompts."""
+    digest = hashlib.sha256(json.dumps(asked).encode())
+    for each in (values, *more):
+        digest.update(each.double().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def _known(merging: Merging, start: Float[Tensor, "E G"], prompts: Mapping[str, HeldOutReading]) -> dict[str, Known]:
@@ -362,8 +414,7 @@ class _Walk:
 
     def look(self, parts: Parts, step: int, *, averaged: bool = False) -> float:
         """Judge by the held-out prompts, and remember the best; the earlier of equals."""
-        merged = self._merging.source(together(self._levels, parts))
-        standing = assess(self._merging.engine, merged, self._held_out)
+        standing = self._merging.assess(together(self._levels, parts), self._held_out)
         worth = standing.worth(self._settings.tolerance)
         self._checks.append(Check(step=step, averaged=averaged, standing=standing, worth=worth))
         if worth > self._best[0]:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wpmerge.calibration import STEPS, HeldOutReading, Standing, Tunable, assess, search_numbers
+from wpmerge.calibration import STEPS, HeldOutReading, Standing, Tunable, search_numbers
 from wpmerge.levels import RefineSettings
 from wpmerge.readings import Progress
 from wpmerge.readouts import LogProbReadout
@@ -104,7 +104,7 @@ def keep_to_retain_sets(
         replace(
             refined,
             coefficients=coefficients,
-            standing=assess(merging.engine, merging.source(coefficients), held_out),
+            standing=merging.assess(coefficients, held_out),
             kept=Kept(factors=factors, later=later) if held.needed else None,
         ),
         run,
@@ -159,8 +159,7 @@ def hold_back(
         nonlocal done
         if done and factors == whole:
             return free
-        merged = merging.source(by_expert(merging, factors) * coefficients)
-        standing = assess(merging.engine, merged, readings)
+        standing = merging.assess(by_expert(merging, factors) * coefficients, readings)
         done += 1
         progress(done, evaluations)
         return standing

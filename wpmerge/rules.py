@@ -17,7 +17,6 @@ from wpmerge.calibration import (
     HeldOutReading,
     Standing,
     Tunable,
-    assess,
     scale_tunables,
     search_numbers,
 )
@@ -34,6 +33,7 @@ from wpmerge.errors import RecipeError
 from wpmerge.joint import JointProblem, JointSolution, solve_joint
 from wpmerge.levels import RefineSettings
 from wpmerge.models import Family
+from wpmerge.pieces import Forget, Keeper, Pieces
 from wpmerge.plan import Coefficient, Granularity, Steps
 from wpmerge.readings import Progress
 from wpmerge.refining import Merging, Refined, refine
@@ -224,6 +224,7 @@ def coefficients_for(
     experts: Sequence[str] | None = None,
     held_out: Callable[[], Mapping[str, HeldOutReading]] | None = None,
     prompts: Callable[[], Mapping[str, HeldOutReading]] | None = None,
+    pieces: Pieces | None = None,
     progress: Progress | None = None,
 ) -> RuleOutcome:
     """Choose the coefficients of a merge.
@@ -235,6 +236,7 @@ def coefficients_for(
         experts: which of them are merged; None for all.
         held_out: gives the prompts that choose numbers and stop ``refine``; None takes those that the scores kept.
         prompts: gives the prompts that ``refine`` takes steps on; None takes those that were scored.
+        pieces: keeps what is finished, so that a killed run goes on; None keeps it nowhere.
         progress: told what is being done.
 
     Raises:
@@ -243,7 +245,7 @@ def coefficients_for(
     """
     tell: Progress = progress or (lambda *_: None)
     names = tuple(experts or scores.experts)
-    rule = _Rule(settings, family, scores, names)
+    rule = _Rule(settings, family, scores, names, Forget() if pieces is None else pieces)
     given = given_scales(settings, names)
     if given is not None and settings.rule != "refine" and not settings.calibrate:
         return rule.outcome(given, settings.rule_settings, standing=None, evaluations=0)
@@ -255,7 +257,7 @@ def coefficients_for(
     skills = _skills(readings)
     scales, numbers, _, used = _choose(rule, skills, given, tell)
     tell("refining", 0, settings.steps)
-    steps_on = prompts() if prompts is not None else scored_readings(family, scores, names)
+    steps_on = prompts() if prompts is not None else scored_readings(family, scores, names, pieces=pieces)
     refined = refine(
         rule.merging,
         rule.values(scales, numbers),
@@ -287,7 +289,9 @@ def _skills(readings: Mapping[str, HeldOutReading]) -> dict[str, HeldOutReading]
 class _Rule:
     """A rule with its scores at hand: numbers → coefficients."""
 
-    def __init__(self, settings: FuseSettings, family: Family, scores: Scores, experts: tuple[str, ...]) -> None:
+    def __init__(
+        self, settings: FuseSettings, family: Family, scores: Scores, experts: tuple[str, ...], kept: Keeper
+    ) -> None:
         self.settings, self.experts = settings, experts
         self.grouping = make_grouping(family.layout, settings.level)
         weights = {name: family.weights[name] for name in experts}
@@ -297,6 +301,7 @@ class _Rule:
             experts=weights,
             grouping=self.grouping,
             resident=family.resident,
+            kept=kept,
         )
         layout = family.layout
         self.own = stack_scores(layout, self.grouping, [own_scores(scores, name, layout) for name in experts])
@@ -338,7 +343,7 @@ class _Rule:
     def assess(
         self, scales: Mapping[str, float], numbers: RuleSettings, readings: Mapping[str, HeldOutReading]
     ) -> Standing:
-        return assess(self.merging.engine, self.merging.source(self.values(scales, numbers)), readings)
+        return self.merging.assess(self.values(scales, numbers), readings)
 
     def outcome(
         self,

@@ -25,6 +25,7 @@ from wpmerge.tensorfile import SafetensorsFile
 if TYPE_CHECKING:
     import pandas
 
+HEADER_FILE, ARRAYS_FILE = FILES = ("scores.json", "scores.safetensors")
 SCHEMA_VERSION = 2
 ReadoutName = Literal["reference", "anchor", "divergence"]
 AskedReadout = Literal["reference", "anchor", "divergence", "auto"]
@@ -304,8 +305,8 @@ class Scores:
             provenance=dict(self.provenance),
         )
         arrays = {key: value.float().contiguous() for key, value in sorted(self.arrays.items())}
-        write_file(directory / "scores.safetensors", safetensors.torch.save(arrays))
-        write_file(directory / "scores.json", header.model_dump_json(indent=1))
+        write_file(directory / ARRAYS_FILE, safetensors.torch.save(arrays))
+        write_file(directory / HEADER_FILE, header.model_dump_json(indent=1))
 
 
 def without_retain_sets(scores: Scores) -> Scores:
@@ -325,10 +326,10 @@ def load_scores(directory: Path) -> Scores:
     Raises:
         WpmergeError: a file is missing or malformed, or was written by a later version.
     """
-    where = directory / "scores.json"
+    where = directory / HEADER_FILE
     try:
         raw = read_json(where)
-        arrays = SafetensorsFile(directory / "scores.safetensors")
+        arrays = SafetensorsFile(directory / ARRAYS_FILE)
     except CheckpointError as error:
         raise WpmergeError(
             "scores cannot be read",
