@@ -1,6 +1,8 @@
 """``wpmerge bench`` end to end on a tiny family: every strategy, equal budgets, resumption, and what is refused."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -303,3 +305,18 @@ def test_the_command(disk: Disk, files: dict[str, Path], tmp_path: Path) -> None
     assert call(*tests[:1]).exit_code == 2
     missing = call(*tests[:1], f"--test=z={files['a']}")
     assert missing.exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["{trunc", "[]", "\\xff"])
+def test_a_damaged_identity_is_named(tmp_path: Path, text: str) -> None:
+    out = tmp_path / "bench"
+    with _workplace(out, {"settings": 1, "tests": {}}):
+        pass
+    (out / "identity.json").write_text(text)
+    with pytest.raises(OutputError, match=r"identity\.json"), _workplace(out, {"settings": 1, "tests": {}}):
+        pytest.fail("entered")
+
+
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="No space left"), _workplace(tmp_path / "b", {"settings": 1, "tests": {}}):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,5 +1,8 @@
 """What is finished stays finished: lines survive, a cut one is dropped, a foreign one is named."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from wpmerge.bench_results import Record, ResultFile, SkillResult
@@ -9,7 +12,7 @@ RECORD = Record(
     subset=("a", "b"),
     strategy="ties",
     seed=1,
-    skills={"a": SkillResult(correct="0110", logprob=(-0.5, -0.25), unfinished=1), "b": SkillResult()},
+    skills={"a": SkillResult(correct="0110", logprob=(-0.5, -0.25, 0.0, -1.0), unfinished=1), "b": SkillResult()},
     retain=(-1.5,),
     parameters={"density": 0.5},
     tuned={"a": 0.75},
@@ -51,3 +54,17 @@ def test_a_foreign_line_is_named(tmp_path):
     path.write_bytes(path.read_bytes() + b'{"strategy": "ties"}\n')
     with pytest.raises(EvaluationError, match="line 2"):
         ResultFile(path)
+
+
+def test_a_record_is_the_same_before_and_after_a_rerun(tmp_path: Path) -> None:
+    """Numbers are kept to five digits, and the run that made them goes on with what it kept."""
+    file = ResultFile(tmp_path / "results.jsonl")
+    exact = replace(RECORD, skills={"a": SkillResult(correct="1", logprob=(-1 / 3,))}, retain=(-2 / 3,))
+    file.append(exact)
+    assert file.records == ResultFile(tmp_path / "results.jsonl").records != {exact.key: exact}
+
+
+def test_a_line_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(EvaluationError, match="line 1"):
+        ResultFile(tmp_path / "results.jsonl")

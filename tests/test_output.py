@@ -1,3 +1,4 @@
+import errno
 import os
 import resource
 import subprocess
@@ -7,7 +8,7 @@ import threading
 import pytest
 
 from wpmerge.errors import OutputError
-from wpmerge.output import check_output, check_space, output_directory, write_file
+from wpmerge.output import check_output, check_space, output_directory, work_directory, write_file
 
 
 def names(path):
@@ -248,3 +249,47 @@ def test_the_same_work_resumes_after_a_kill_just_before_the_swap(tmp_path, overw
         assert not overwrite or (out / "merge.json").read_text() == "old"
     assert names(out) == ["merge.json", "shard"]
     assert names(tmp_path) == ["out"]
+
+
+def test_work_is_kept_where_the_output_cannot_be_written_and_removed_after_a_fault(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match="No space left"), work_directory(out, fingerprint="f") as work:
+        (work / "part").write_text("done")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(KeyboardInterrupt), work_directory(out, fingerprint="f") as work:
+        assert names(work) == ["part"]
+        raise KeyboardInterrupt
+    with (
+        pytest.raises(OutputError, match="another run"),
+        work_directory(out, fingerprint="f") as work,
+        work_directory(out, fingerprint="f"),
+    ):
+        pytest.fail("entered")
+    with pytest.raises(ZeroDivisionError), work_directory(out, fingerprint="f") as work:
+        assert names(work) == ["part"]
+        1 / 0  # noqa: B018
+    assert names(tmp_path) == []
+    with work_directory(out, fingerprint="f") as work:
+        assert names(work) == []
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("files", [["config.json"], ["recipe.yml"], ["config.json", "thesis.txt"]])
+def test_a_model_or_recipe_of_somebody_else_is_never_replaced(tmp_path, files):
+    for name in files:
+        (tmp_path / "home" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "home" / name).write_text("{}")
+    with pytest.raises(OutputError, match="not an output"):
+        check_output(tmp_path / "home", inputs=[], overwrite=True)
+    for name in ("config.json", "recipe.yml"):
+        (tmp_path / "home" / name).write_text("{}")
+    check_output(tmp_path / "home", inputs=[], overwrite=True)  # what an exact recipe is
+
+
+def test_a_place_where_nothing_can_be_made_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="it is no directory"):
+        check_output(tmp_path / "file" / "deep" / "out", inputs=[], overwrite=False)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(OutputError, match="it may not be written"):
+        check_output(tmp_path / "new" / "out", inputs=[], overwrite=False)

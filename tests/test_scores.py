@@ -184,3 +184,31 @@ def test_infinite_statistics_survive(tmp_path: Path) -> None:
     record = scores.readouts["title"].model_copy(update={"gap_t": float("inf")})
     dataclasses.replace(scores, readouts={"title": record}).save(tmp_path)
     assert load_scores(tmp_path).readouts["title"].gap_t == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        (("experts",), {}, "no expert"),
+        (("capabilities",), {}, "no capability of the expert title"),
+        (("capabilities", "title", "retain"), True, "no capability of the expert title"),
+        (("capabilities", "title", "held_out", "sequences"), [], "0 held-out prompts, 1 starts"),
+        (("capabilities", "title", "held_out", "starts"), [], "1 held-out prompts, 0 starts"),
+        (("capabilities", "title", "held_out", "starts"), [9999], "whose reference starts at 9999"),
+        (("provenance", "settings"), "x", "provenance.settings"),
+        (("layers",), 6, r"linear/title/title/head: shape \[3, 4\], of 6 layers with 4 units each"),
+        (("counts", "head"), 5, "of 3 layers with 5 units each"),
+    ],
+)
+def test_scores_that_do_not_fit_together_are_refused(
+    tmp_path: Path, path: tuple[str, ...], value: object, complaint: str
+) -> None:
+    example().save(tmp_path)
+    header = json.loads((tmp_path / "scores.json").read_text())
+    place = header
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+    (tmp_path / "scores.json").write_text(json.dumps(header))
+    with pytest.raises(WpmergeError, match=f"do not fit together[\\s\\S]*{complaint}"):
+        load_scores(tmp_path)

@@ -36,11 +36,12 @@ from wpmerge.bench_testing import Tester
 from wpmerge.calibration import HeldOutReading, retention, search_numbers, utility
 from wpmerge.capability import Capability, load_capability
 from wpmerge.console import finite
-from wpmerge.errors import EvaluationError, OutputError
+from wpmerge.directory import read_json
+from wpmerge.errors import CheckpointError, EvaluationError, OutputError
 from wpmerge.fusing import open_scored_family
 from wpmerge.judges import TestPrompt, hash_of_tests, load_prompts
 from wpmerge.models import Family
-from wpmerge.output import write_file
+from wpmerge.output import room_is_said, write_file
 from wpmerge.pieces import Pieces
 from wpmerge.plan import BASE, Plan, input_model, load_plan
 from wpmerge.provenance import machine, provenance, versions
@@ -358,23 +359,24 @@ def _workplace(out: Path, identity: Mapping[str, Any]) -> Iterator[None]:
         OutputError: it cannot be made, holds something else or another benchmark, or another run is at work there.
     """
     stated = out / "identity.json"
-    if out.exists() and (
-        not out.is_dir() or ({each.name for each in out.iterdir()} - {"lock"} and not stated.exists())
-    ):
-        raise OutputError("the output is not a directory of wpmerge bench", where=out, mend="choose another path")
     try:
+        foreign = out.exists() and (
+            not out.is_dir() or bool({each.name for each in out.iterdir()} - {"lock"} and not stated.exists())
+        )
+        if foreign:
+            raise OutputError("the output is not a directory of wpmerge bench", where=out, mend="choose another path")
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / "lock").open("w")
     except OSError as error:
         raise OutputError("the output cannot be written", where=out, got=error.strerror) from None
-    with lock:
+    with lock, room_is_said(out):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OutputError("another run is writing this output", where=out) from None
         if not stated.exists():
             write_file(stated, json.dumps(identity, indent=1))
-        found = json.loads(stated.read_text())
+        found = _stated(stated)
         # a run of some of the experts has tests of these alone, which must be among those that are there
         whole = {**identity, "tests": {**found.get("tests", {}), **identity["tests"]}}
         if different := [name for name in whole if found.get(name) != whole[name]]:
@@ -387,6 +389,20 @@ def _workplace(out: Path, identity: Mapping[str, Any]) -> Iterator[None]:
                 mend="repeat what that one was asked, or choose another path",
             )
         yield
+
+
+def _stated(identity: Path) -> dict[str, Any]:
+    """What a directory of results says that it was made from."""
+    try:
+        found = read_json(identity)
+    except CheckpointError as error:
+        raise OutputError(
+            "what the results in this output were made from cannot be read",
+            where=identity,
+            got=error.what if error.got is None else error.got,
+            mend="choose another path",
+        ) from None
+    return found
 
 
 def _all_cells(

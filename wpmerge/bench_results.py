@@ -85,17 +85,18 @@ class ResultFile:
         if len(whole) < len(text):
             logger.warning("%s: the last line was cut short by an interruption, and is dropped", path)
             os.truncate(path, len(whole))
-        for number, line in enumerate(whole.decode().splitlines(), start=1):
+        for number, line in enumerate(whole.splitlines(), start=1):
             record = _record(line, f"{path}, line {number}")
             self.records[record.key] = record  # a later line replaces an earlier one
 
     def append(self, record: Record) -> None:
         """Add a finished piece of work."""
+        written = _line(record).encode()
         with self.path.open("ab") as file:
-            file.write((_line(record) + "\n").encode())
+            file.write(written + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        self.records[record.key] = record
+        self.records[record.key] = _record(written, str(self.path))  # as a rerun reads it: to the digits that are kept
 
     def find(self, subset: Sequence[str], strategy: str, seed: int) -> Record | None:
         """A finished piece of work; None if it is still to be done."""
@@ -127,7 +128,7 @@ def _line(record: Record) -> str:
     )
 
 
-def _record(line: str, where: str) -> Record:
+def _record(line: bytes, where: str) -> Record:
     try:
         entry = json.loads(line)
         skills = {
@@ -136,6 +137,9 @@ def _record(line: str, where: str) -> Record:
             )
             for name, each in entry.pop("skills").items()
         }
+        for name, each in skills.items():
+            if each.correct and len(each.correct) != len(each.logprob):
+                raise ValueError(f"{name}: {len(each.correct)} judged replies, {len(each.logprob)} read")
         subset, retain = tuple(entry.pop("subset")), tuple(entry.pop("retain"))
         return Record(subset=subset, retain=retain, skills=skills, **entry)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

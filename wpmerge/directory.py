@@ -26,12 +26,16 @@ def locate(source: str) -> Path:
     """The local directory of a checkpoint; a hub id is downloaded to the hub's cache, or found there.
 
     Raises:
-        CheckpointError: there is neither such a directory nor such a repository.
+        CheckpointError: there is neither such a directory nor such a repository, or nobody may look.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or not is_hub_id(source):
+    try:
+        if path.is_dir():
+            return path
+        there = path.exists()
+    except OSError as error:
+        raise CheckpointError("a checkpoint cannot be looked at", where=source, got=error.strerror) from None
+    if there or not is_hub_id(source):
         raise CheckpointError("there is no such checkpoint directory", where=source, expected="a directory or a hub id")
     from huggingface_hub import snapshot_download
 

@@ -149,17 +149,12 @@ def output_directory(
     _recover(out, box, fingerprint)
     check_output(out, inputs=inputs, overwrite=overwrite)
     try:
-        with _locked(out, box):
+        with _locked(out, box), room_is_said(out, total):
             staging = _open_box(box, fingerprint)
             yield staging
             sync_directory(staging)
             _put_in_place(staging, out, box, fingerprint)
             _remove(box)
-    except OSError as error:
-        _remove(box)
-        if error.errno in FULL:
-            raise _no_room(out, error, total) from error
-        raise
     except _Busy:
         raise OutputError("another run is writing this output", where=out) from None
     except Exception:
@@ -183,30 +178,40 @@ def work_directory(out: Path, *, fingerprint: str) -> Iterator[Path]:
     out = Path(os.path.normpath(out.absolute()))
     work = out.with_name(f".{out.name}.wpmerge-work")
     try:
-        with _locked(out, work):
+        with _locked(out, work), room_is_said(out):
             yield _open_box(work, fingerprint)
             _remove(work)
     except _Busy:
         raise OutputError("another run is writing this output", where=out) from None
     except OutputError:
         raise
-    except OSError as error:
-        if error.errno in FULL:
-            raise _no_room(out, error, 0) from error
-        _remove(work)
-        raise
     except Exception:
         _remove(work)
         raise
 
 
-def _no_room(out: Path, error: OSError, total: int) -> OutputError:
-    return OutputError(
-        f"the output could not be written: {error.strerror}",
-        where=out,
-        expected=f"room for {total:,} bytes" if total else None,
-        mend="free some space or raise the limit, then run the same command again",
-    )
+@contextlib.contextmanager
+def room_is_said(out: Path, total: int = 0) -> Iterator[None]:
+    """Turn a full disk, or the process's limit on files, into an error that a user can mend.
+
+    Args:
+        out: what is written, for the message.
+        total: how many bytes it takes; 0 for unknown.
+
+    Raises:
+        OutputError: there was no room.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OutputError(
+            f"the output could not be written: {error.strerror}",
+            where=out,
+            expected=f"room for {total:,} bytes" if total else None,
+            mend="free some space or raise the limit, then run the same command again",
+        ) from error
 
 
 def write_file(path: Path, data: bytes | str) -> None:

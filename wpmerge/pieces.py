@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from wpmerge.errors import OutputError
 from wpmerge.output import write_file
 
 
@@ -21,6 +23,12 @@ class Keeper(Protocol):
 
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
         """Keep named tensors under a key, in place of what was there."""
+
+
+def _damaged(path: Path, got: object) -> OutputError:
+    return OutputError(
+        "a finished part of an earlier run is damaged", where=path, got=got, mend="remove the file; it is made again"
+    )
 
 
 class Forget:
@@ -52,7 +60,13 @@ class Pieces:
     def get(self, key: str) -> dict[str, Tensor] | None:
         """See :class:`Keeper`."""
         path = self._path(key, "safetensors")
-        return safetensors.torch.load(path.read_bytes()) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            found: dict[str, Tensor] = safetensors.torch.load(path.read_bytes())
+        except (OSError, SafetensorError) as error:
+            raise _damaged(path, error) from None
+        return found
 
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
         """See :class:`Keeper`."""
@@ -71,7 +85,12 @@ class Pieces:
         path = self._path(key, "json")
         if not path.exists():
             write_file(path, json.dumps(compute()))
-        found: dict[str, Any] = json.loads(path.read_text())
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise _damaged(path, error) from None
+        if not isinstance(found, dict):
+            raise _damaged(path, f"a JSON {type(found).__name__}")
         return found
 
     def remove(self) -> None:

@@ -4,7 +4,7 @@ On disk a directory with ``scores.safetensors`` and ``scores.json``; docs/format
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from wpmerge.arch import Kind, Unit
+from wpmerge.arch import MODEL_KINDS, Kind, Unit
 from wpmerge.directory import read_json
 from wpmerge.errors import CheckpointError, WpmergeError, describe
 from wpmerge.output import write_file
@@ -334,7 +334,7 @@ def load_scores(directory: Path) -> Scores:
         raise WpmergeError(
             "scores cannot be read",
             where=error.where,
-            got=error.got or error.what,
+            got=error.what if error.got is None else f"{error.what}: {error.got}",
             expected="scores.json and scores.safetensors, as `wpmerge score` writes them",
         ) from None
     if raw.get("schema_version") != SCHEMA_VERSION:
@@ -349,6 +349,13 @@ def load_scores(directory: Path) -> Scores:
         header = _ScoresFile.model_validate_json(json.dumps(raw))
     except ValidationError as error:
         raise WpmergeError("scores are malformed", where=where, got=describe(error)) from None
+    if fault := next(_misfits(header, {key: tuple(info.shape) for key, info in arrays.tensors.items()}), None):
+        raise WpmergeError(
+            "scores do not fit together",
+            where=where,
+            got=fault,
+            mend="take them as wpmerge score wrote them, or score again",
+        )
     tensors = {key: arrays.read(key, 0, info.numel).view(info.shape) for key, info in arrays.tensors.items()}
     return Scores(
         base=InputModel(**header.base.model_dump()),
@@ -362,6 +369,30 @@ def load_scores(directory: Path) -> Scores:
         arrays={key: value.to(torch.float32) for key, value in tensors.items()},
         provenance=header.provenance,
     )
+
+
+def _misfits(header: _ScoresFile, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """What no scores that were written whole could say."""
+    settings = header.provenance.get("settings", {})
+    if not isinstance(settings, dict):
+        yield f"provenance.settings: {settings!r}"
+    if not header.experts:
+        yield "no expert"
+    for name in header.experts:
+        if name not in header.capabilities or header.capabilities[name].retain:
+            yield f"no capability of the expert {name}"
+    for name, record in header.capabilities.items():
+        sequences, starts = record.held_out.sequences, record.held_out.starts
+        if not sequences or len(starts) != len(sequences):
+            yield f"{name}: {len(sequences)} held-out prompts, {len(starts)} starts of their references"
+        for sequence, start in zip(sequences, starts, strict=False):
+            if not 0 < start < len(sequence) or min(sequence) < 0:
+                yield f"{name}: a held-out prompt of {len(sequence)} tokens whose reference starts at {start}"
+    for key, shape in shapes.items():
+        kind = key.split("/")[-1]
+        rows = 1 if kind in MODEL_KINDS else header.layers
+        if len(shape) != 2 or shape[0] != rows or shape[1] != header.counts.get(kind, shape[1]):
+            yield f"{key}: shape {list(shape)}, of {header.layers} layers with {header.counts.get(kind)} units each"
 
 
 def _input_record(model: InputModel) -> _InputRecord:

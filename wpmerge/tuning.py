@@ -138,8 +138,15 @@ def scored_readings(
 
 
 def reference_limit(scores: Scores) -> int:
-    """The longest reference that the scores were taken with, tokens."""
-    return int(scores.provenance["settings"]["reference_tokens"])
+    """The longest reference that the scores were taken with, tokens.
+
+    Raises:
+        RecipeError: they do not say.
+    """
+    found = (scores.provenance.get("settings") or {}).get("reference_tokens")
+    if not isinstance(found, int) or found < 1:
+        raise RecipeError("the scores do not say how long a reference may be", got=found, mend="score again")
+    return found
 
 
 def read_references(
