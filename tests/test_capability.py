@@ -178,6 +178,23 @@ def test_a_plain_form_is_used_without_a_template() -> None:
     assert chat.reply_tokens("w4", limit=5) == tokenizer.convert_tokens_to_ids(["w4"])
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for x %}", "TemplateSyntaxError: expected token 'in'"),
+        ("{{ raise_exception('no system role') }}", "TemplateError: no system role"),
+        ("{{ messages[0].content.text.more }}", "UndefinedError: 'str object' has no attribute 'text'"),
+        ("{{ 1 + 'a' }}", "TypeError: "),
+    ],
+)
+def test_a_chat_template_that_fails_is_named(template: str, said: str) -> None:
+    tokenizer = tiny_tokenizer(template=template)
+    tokenizer.name_or_path = "models/base"
+    with pytest.raises(CapabilityError, match="a chat template cannot be applied") as caught:
+        Chat(tokenizer).prompt_tokens("w3")
+    assert caught.value.where == "models/base" and str(caught.value.got).startswith(said)
+
+
 def test_references_follow_their_prompts() -> None:
     tokenizer = tiny_tokenizer(template=TEMPLATE)
     chat = Chat(tokenizer)

@@ -3,14 +3,15 @@
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from wpmerge import builtin
-from wpmerge.errors import CapabilityError
+from wpmerge.errors import CapabilityError, WpmergeError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +231,40 @@ def _parse(line: str, where: str) -> Prompt:
     )
 
 
+@contextmanager
+def rendering(
+    where: object,
+    *,
+    kind: type[WpmergeError] = CapabilityError,
+    mend: str = "correct it, in chat_template.jinja or tokenizer_config.json",
+) -> Iterator[None]:
+    """Turn what a chat template raises while it is applied into one clear error: it is a program that a model brings.
+
+    Args:
+        where: whose template it is.
+        kind: of the error.
+        mend: what to do about it.
+
+    Raises:
+        WpmergeError: of the given kind.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+        raise kind("a chat template cannot be applied", where=where, got=reason, mend=mend) from error
+
+
 class Chat:
     """Turns what a user says into the tokens a model sees: through its chat template, or as ``Q: … A:`` without one.
 
@@ -242,12 +277,17 @@ class Chat:
         self.has_template = tokenizer.chat_template is not None
 
     def prompt_tokens(self, prompt: str) -> list[int]:
-        """The prompt up to where the reply starts."""
+        """The prompt up to where the reply starts.
+
+        Raises:
+            CapabilityError: the chat template cannot be applied.
+        """
         if not self.has_template:
             tokens: list[int] = self.tokenizer(f"Q: {prompt}\nA:")["input_ids"]
             return tokens
         message = [{"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        with rendering(self.tokenizer.name_or_path):
+            text = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
         rendered: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return rendered
 
