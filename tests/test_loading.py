@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import write_family
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from wpmerge.errors import EvaluationError
 from wpmerge.loading import check_weights, loading
@@ -43,6 +43,46 @@ def test_a_configuration_of_another_size_is_refused(tmp_path: Path) -> None:
         check_weights("m", folder, {})
 
 
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"num_hidden_layers": "six"}, "num_hidden_layers(.|\n)*expected int, got str"),
+        ({"rms_norm_eps": None}, "rms_norm_eps(.|\n)*expected float, got None"),
+        ({"num_attention_heads": 7}, r"not a multiple of the number of attention heads \(7\)"),
+    ],
+)
+def test_values_that_no_configuration_may_have_are_named(tmp_path: Path, entry: dict[str, object], said: str) -> None:
+    folder = write_family(tmp_path, ())["base"]
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | entry))
+    with pytest.raises(EvaluationError, match=rf"cannot be loaded(.|\n)*m: (.|\n)*{said}"):
+        check_weights("m", folder, {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "first"), [("llama", "model.layers.1."), ("gpt_neox", "gpt_neox.layers.1."), ("gpt2", "transformer.h.1.")]
+)
+def test_layers_that_the_configuration_does_not_count_are_refused(tmp_path: Path, kind: str, first: str) -> None:
+    folder = write_family(tmp_path, (), kind=kind)["base"]
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    key = "n_layer" if kind == "gpt2" else "num_hidden_layers"
+    for count in (1, 0):
+        file.write_text(json.dumps({**config, key: count, "layer_types": None}))
+        with pytest.raises(EvaluationError, match="more layers than its configuration says") as caught:
+            check_weights("m", folder, {})
+        assert str(caught.value.got).startswith(first.replace("1", str(count)))
+        assert caught.value.expected == f"tensors of {count} layers"
+
+
+def test_other_tensors_that_a_model_has_not_are_left_alone(tmp_path: Path) -> None:
+    folder = write_family(tmp_path, ())["base"]
+    weights = folder / "model.safetensors"
+    beside = {name: torch.zeros(2) for name in ("extra.weight", "vision_tower.encoder.layers.40.mlp.weight")}
+    save_file(load_file(weights) | beside, weights, metadata={"format": "pt"})
+    check_weights("m", folder, {})
+
+
 def test_memory_errors_are_told_from_others() -> None:
     assert ran_out_of_memory(torch.OutOfMemoryError("x")) and ran_out_of_memory(MemoryError())
     assert ran_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
@@ -54,5 +94,6 @@ def test_errors_that_are_clear_already_pass_unchanged() -> None:
     with pytest.raises(EvaluationError) as caught, loading("m", "path", "hf"):
         raise error
     assert caught.value is error
-    with pytest.raises(ZeroDivisionError), loading("m", "path", "hf"):
-        raise ZeroDivisionError
+    for kind in (ZeroDivisionError, KeyboardInterrupt, SystemExit):
+        with pytest.raises(kind), loading("m", "path", "hf"):
+            raise kind

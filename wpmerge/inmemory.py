@@ -104,7 +104,8 @@ def load_model(base: Checkpoint, state: Mapping[str, Tensor], settings: HarnessS
         settings: device and dtype.
 
     Raises:
-        EvaluationError: transformers has no causal language model for the configuration, or a tensor is missing.
+        EvaluationError: transformers has no causal language model for the configuration, or a tensor is missing or of a
+            layer too many.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
@@ -121,7 +122,7 @@ def load_model(base: Checkpoint, state: Mapping[str, Tensor], settings: HarnessS
     model, found = kind.from_pretrained(
         None, config=config, state_dict=dict(state), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
-    refuse_unfit(found, base.path)
+    refuse_unfit(model, found, base.path)
     if (base.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(base.path, local_files_only=True)
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")

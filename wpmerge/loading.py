@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from wpmerge.errors import EvaluationError
 from wpmerge.memory import ran_out_of_memory
 
 _OTHER_WEIGHTS = frozenset({"gguf_file", "subfolder", "autogptq", "gptqmodel", "quantization_config"})
+_LAYER = re.compile(r"((?:.*?\.)?(?:layers|h))\.(\d+)\.")  # the list that a tensor's layer is in, and its number there
 _KINDS = ("SEQ_TO_SEQ_CAUSAL_LM", "CAUSAL_LM")  # in the order in which lm-eval looks a model up
 
 
@@ -27,9 +31,10 @@ def loading(name: str, model: object, backend: str) -> Iterator[None]:
     Raises:
         EvaluationError: memory ran out, or the model cannot be loaded.
     """
+    from huggingface_hub.errors import StrictDataclassError  # a configuration's values are of the wrong kind
     from safetensors import SafetensorError
 
-    where = f"{name}: {model if isinstance(model, str | Path) else 'loaded model'}"
+    where = where_from(name, model)
     try:
         yield
     except (
@@ -43,8 +48,9 @@ def loading(name: str, model: object, backend: str) -> Iterator[None]:
         AssertionError,
         MemoryError,
         SafetensorError,
+        StrictDataclassError,
     ) as error:
-        reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+        reason = reason_of(error, lines=3 if isinstance(error, StrictDataclassError) else 1)
         if ran_out_of_memory(error):
             raise EvaluationError(
                 "memory ran out while a model was loaded",
@@ -61,6 +67,17 @@ def loading(name: str, model: object, backend: str) -> Iterator[None]:
         ) from error
 
 
+def where_from(name: str, model: object) -> str:
+    """A model's name and where it lies, for messages."""
+    return f"{name}: {model if isinstance(model, str | Path) else 'loaded model'}"
+
+
+def reason_of(error: Exception, *, lines: int = 1) -> str:
+    """An error's kind and the first lines of what it says, in one."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
+    return f"{type(error).__name__}: {' '.join(said[:lines])}"
+
+
 def check_weights(name: str, folder: Path, arguments: Mapping[str, Any]) -> None:
     """Refuse a checkpoint whose tensors are not the model's: transformers would fill what is missing with random
     numbers. Only names and shapes are read.
@@ -73,7 +90,8 @@ def check_weights(name: str, folder: Path, arguments: Mapping[str, Any]) -> None
         arguments: of lm-eval's model class.
 
     Raises:
-        EvaluationError: a tensor is missing or has another shape, or transformers cannot read the checkpoint.
+        EvaluationError: a tensor is missing, has another shape or is of a layer too many, or transformers cannot read
+            the checkpoint.
     """
     import transformers
 
@@ -88,7 +106,7 @@ def check_weights(name: str, folder: Path, arguments: Mapping[str, Any]) -> None
         kind = next((each for each in kinds if each is not None), None)
         if kind is None or getattr(config, "quantization_config", None):
             return
-        _, found = kind.from_pretrained(
+        model, found = kind.from_pretrained(
             folder,
             config=config,
             local_files_only=True,
@@ -96,14 +114,20 @@ def check_weights(name: str, folder: Path, arguments: Mapping[str, Any]) -> None
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    refuse_unfit(found, f"{name}: {folder}")
+    refuse_unfit(model, found, f"{name}: {folder}")
 
 
-def refuse_unfit(found: Mapping[str, Any], where: object) -> None:
+def refuse_unfit(model: Any, found: Mapping[str, Any], where: object) -> None:
     """Refuse a model by the loading info that transformers gives with it.
 
+    Args:
+        model: what transformers made.
+        found: the loading info.
+        where: the checkpoint, for messages.
+
     Raises:
-        EvaluationError: names the first tensor that is missing or has another shape, and how many there are.
+        EvaluationError: names the first tensor that is missing, has another shape, or is of a layer that the
+            configuration does not count, and how many there are.
     """
     if missing := sorted(found["missing_keys"]):
         raise EvaluationError(
@@ -122,6 +146,24 @@ def refuse_unfit(found: Mapping[str, Any], where: object) -> None:
             expected=tuple(asked),
             mend="put weights and config.json of the same model together",
         )
+    lists = {name: len(each) for name, each in model.named_modules() if isinstance(each, torch.nn.ModuleList)}
+    beyond = {name: count for name in found["unexpected_keys"] if (count := _exceeded(name, lists)) is not None}
+    if more := sorted(beyond):
+        raise EvaluationError(
+            "a checkpoint has more layers than its configuration says",
+            where=where,
+            got=f"{more[0]}{_and_more(more)}",
+            expected=f"tensors of {beyond[more[0]]} layers",
+            mend="put weights and config.json of the same model together; transformers would leave layers out",
+        )
+
+
+def _exceeded(tensor: str, lists: Mapping[str, int]) -> int | None:
+    """How many layers the model's list has that a tensor's layer lies beyond; None for a tensor of no such layer, and
+    for one of a part that the model does not have at all, such as a vision tower."""
+    match = _LAYER.match(tensor)
+    counts = [count for name, count in lists.items() if match and f".{name}".endswith(f".{match[1]}")]
+    return max(counts) if match and counts and int(match[2]) >= max(counts) else None
 
 
 def _and_more(names: list[Any]) -> str:
