@@ -151,10 +151,37 @@ def test_what_a_user_can_mend_is_said_before_any_work(home: Path, tmp_path: Path
         (lambda: wp.merge(home / "a.jsonl", out=out, model={"a": "x"}), "a recipe names its models itself"),
         (lambda: wp.evaluate({"a": home / "a"}, out=out, skill={"b": "x/y"}), "skill names no evaluated model"),
         (lambda: wp.evaluate({"a": home / "a"}, out=out, skill={"a": "x/y"}), "no model is the base"),
+        (lambda: wp.evaluate({"a": home / "a"}, out=out, seed=-1), "seed is out of range"),
+        (lambda: wp.evaluate({"a": home / "a"}, out=out, model_arg={"pretrained": "x"}), "set elsewhere"),
     ):
         with pytest.raises(wp.WpmergeError, match=said):
             call()
     assert not out.exists()
+
+
+def test_an_evaluation_never_replaces_what_it_reads(home: Path, tmp_path: Path) -> None:
+    wp.score(
+        base=home / "base",
+        expert={name: home / name for name in "ab"},
+        capability={name: home / f"{name}.jsonl" for name in "ab"},
+        out=tmp_path / "scores",
+        **QUICK,
+    )
+    wp.fuse(tmp_path / "scores", out=tmp_path / "plan", rule="uniform", scale=0.5, plan_only=True)
+    (tmp_path / "plan" / "local.jsonl").write_text('{"prompt": "w3 w4", "answer": "w5"}\n' * 4)
+    before = sorted((tmp_path / "plan").iterdir())
+    inside = {"tasks": ["local"], "task_data": {"local": tmp_path / "plan" / "local.jsonl"}}
+    beside = {"tasks": ["local"], "task_data": {"local": tmp_path / "local.jsonl"}}
+    shutil.copy(tmp_path / "plan" / "local.jsonl", tmp_path)
+    for given in (
+        {"plan": {"p": tmp_path / "plan"}, **beside},
+        {"model": {"base": home / "base"}, **inside},
+    ):
+        with pytest.raises(wp.WpmergeError, match=r"the output (is|contains) an input"):
+            wp.evaluate(**given, out=tmp_path / "plan", overwrite=True)
+    with pytest.raises(wp.WpmergeError, match="the output is an input"):  # of the plan
+        wp.evaluate(plan={"p": tmp_path / "plan"}, out=home / "a", overwrite=True, **inside)
+    assert sorted((tmp_path / "plan").iterdir()) == before and (home / "a" / "model.safetensors").is_file()
 
 
 def test_an_expert_with_one_pad_token_more(home: Path, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Real lm-eval runs of tiny models whose answers are known: scores, resuming, running out of memory, refusals."""
 
+import errno
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from talkers import FOUR, MURMUR, PLAIN, SHOUT, save_talker, talker, talker_tokenizer
 from transformers import LlamaForCausalLM
 
-from wpmerge.checkers import read_checkers
+from wpmerge.checkers import Checkers, read_checkers
 from wpmerge.errors import EvaluationError, OutputError, WpmergeError
 from wpmerge.evaluating import evaluate, file_name
 from wpmerge.evaluation import Evaluation, Skill, load_evaluation
-from wpmerge.harness import HarnessSettings, model_identity
+from wpmerge.harness import HarnessSettings, InMemory, model_identity
 from wpmerge.ifeval import ifeval_checkers
 from wpmerge.statistics import mean_score
 from wpmerge.tasks import TaskSuite, load_tasks
@@ -310,7 +312,7 @@ def changed(source: Path, out: Path, change: Callable[[dict[str, torch.Tensor]],
     return out
 
 
-def never() -> Any:
+def never(*_: Any) -> Any:
     pytest.fail("a model was opened")
 
 
@@ -349,6 +351,163 @@ def test_what_a_loader_raises_is_said_clearly(tmp_path: Path, data: dict[str, Pa
         run({"m": raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))}, None, data)
     with pytest.raises(EvaluationError, match=r"cannot be loaded(.|\n)*RuntimeError: size mismatch"):
         run({"m": raising(RuntimeError("size mismatch"))}, None, data)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, data: dict[str, Path]) -> None:
+    whole = save_talker(tmp_path / "whole", PLAIN)
+    for value in (math.nan, math.inf):
+        bad = changed(
+            whole, tmp_path / f"{value}", lambda t, value=value: t["lm_head.weight"].view(-1)[7:8].fill_(value)
+        )
+        with pytest.raises(EvaluationError, match=rf"not finite(.|\n)*{value}, at flat index 7") as caught:
+            run({"bad": bad}, None, data)
+        assert caught.value.where == f"lm_head.weight in bad: {bad}"
+    model, tokenizer = pair(PLAIN)
+    model.model.norm.weight.data[0] = -math.inf
+    with pytest.raises(EvaluationError, match=r"not finite(.|\n)*model.norm.weight in m: loaded model"):
+        run({"m": (model, tokenizer)}, None, data)
+
+
+def test_a_chat_template_that_fails_is_named_before_any_request(tmp_path: Path, data: dict[str, Path]) -> None:
+    folder = save_talker(tmp_path / "m", PLAIN)
+    for template in ("{% for x %}", "{{ raise_exception('no') }}", "{{ messages[0].a.b }}", "{{ 1 + 'a' }}"):
+        (folder / "chat_template.jinja").write_text(template)
+        with pytest.raises(EvaluationError, match=r"template cannot be applied(.|\n)*--no-chat-template") as caught:
+            run({"m": folder}, None, data, progress=never)
+        assert caught.value.where == f"m: {folder}"
+    run({"m": folder}, None, data, settings=replace(SETTINGS, chat_template=False))
+    odd = replace(SETTINGS, model_args={"chat_template_args": 5})
+    with pytest.raises(EvaluationError, match=r"template cannot be applied(.|\n)*--model-arg"):
+        run({"m": pair(PLAIN)}, None, data, settings=odd)
+    (folder / "chat_template.jinja").write_text("{{ 4 // (messages[0].content | length - 11) }}<assistant>")
+    with pytest.raises(EvaluationError, match="ZeroDivisionError"):  # not of the trial: "it has no words" is "my words"
+        run({"m": folder}, None, data)
+
+
+@pytest.mark.parametrize("argument", [{"max_length": "abc"}, {"truncation": 1}, {"add_bos_token": "maybe"}])
+def test_arguments_that_fail_while_a_model_runs_are_named(data: dict[str, Path], argument: dict[str, Any]) -> None:
+    with pytest.raises(EvaluationError, match=rf"Error: (.|\n)*{next(iter(argument))}(.|\n)*--model-arg") as caught:
+        run({"m": pair(PLAIN)}, None, data, settings=replace(SETTINGS, model_args=argument))
+    assert caught.value.where == "m"
+
+
+class Faulty(LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("a bug")
+
+
+def test_faults_of_a_program_are_not_taken_for_the_users(data: dict[str, Path]) -> None:
+    for arguments in ({}, {"trust_remote_code": True}):
+        with pytest.raises(TypeError, match="a bug"):
+            run({"m": pair(PLAIN, kind=Faulty)}, None, data, settings=replace(SETTINGS, model_args=arguments))
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    for argument, option in (("pretrained", "NAME=PATH"), ("batch_size", "--batch-size"), ("device", "--device")):
+        with pytest.raises(EvaluationError, match=rf"--model-arg(.|\n)*{argument}=x(.|\n)*{option}"):
+            HarnessSettings(model_args={argument: "x"})
+    HarnessSettings(model_args={"max_batch_size": 8, "dtype": "float16"}, seed=2**32 - 1)
+    for seed in (-1, 2**32, 0.5):
+        with pytest.raises(EvaluationError, match=r"seed is out of range(.|\n)*from 0 to 4294967295"):
+            HarnessSettings(seed=seed)  # type: ignore[arg-type]
+
+
+def test_a_model_that_brings_its_tokenizer_takes_no_other(tmp_path: Path, data: dict[str, Path]) -> None:
+    save_talker(tmp_path / "m", PLAIN)
+    settings = replace(SETTINGS, model_args={"tokenizer": str(tmp_path / "m")})
+    with pytest.raises(EvaluationError, match=r"names a tokenizer(.|\n)*fused"):
+        run({"m": tmp_path / "m", "fused": never}, None, data, settings=settings)
+    run({"m": tmp_path / "m"}, None, data, settings=settings)
+
+
+def test_what_is_read_is_never_replaced(tmp_path: Path, data: dict[str, Path]) -> None:
+    out = tmp_path / "out"
+    run({"m": pair(PLAIN)}, out, data)
+    inside = {name: out / name for name in ("tasks.jsonl", "own.py", "plan")}
+    shutil.copy(data["ifeval"], inside["tasks.jsonl"])
+    inside["own.py"].write_text("INSTRUCTION_DICT = {'count:none': object}\n")
+    inside["plan"].mkdir()
+    whole = {"models": {"m": pair(PLAIN)}, "data": data}
+    made = InMemory(load=never, inputs=(inside["plan"],))
+    for more in (
+        {"data": {"ifeval": inside["tasks.jsonl"]}},
+        {"data": {"ifeval": {"": inside["tasks.jsonl"]}}},
+        {"models": {"m": made}},
+        {"settings": replace(SETTINGS, model_args={"peft": str(inside["plan"])})},
+    ):
+        with pytest.raises(OutputError, match="the output contains an input"):
+            run(**{**whole, **more, "out": out, "overwrite": True})
+    judges = (Checkers(file=inside["own.py"], files={"own.py": ""}, classes={}),)
+    with pytest.raises(OutputError, match=r"contains an input(.|\n)*own.py"):
+        run(**whole, out=out, checkers=judges, overwrite=True)
+    with pytest.raises(OutputError, match="the output is an input"):
+        run({"m": made}, inside["plan"], data, overwrite=True)
+    assert all(each.exists() for each in inside.values())
+
+
+@pytest.mark.parametrize("written", [r"m-\w+\.json", "evaluation.json"])
+def test_a_full_disk_is_said_and_what_is_finished_is_kept(
+    tmp_path: Path, data: dict[str, Path], monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    from wpmerge import evaluating
+
+    whole = evaluating.write_file
+
+    def full(path: Path, text: str) -> None:
+        if re.fullmatch(written, path.name):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(path, text)
+
+    monkeypatch.setattr(evaluating, "write_file", full)
+    models, out = {"first": pair(SHOUT), "m": pair(PLAIN)}, tmp_path / "out"
+    with pytest.raises(OutputError, match=r"disk is full(.|\n)*No space left(.|\n)*same command(.|\n)*kept"):
+        run(models, out, data)
+    assert not out.exists() and not (tmp_path / ".out.wpmerge").exists()
+    monkeypatch.setattr(evaluating, "write_file", whole)
+    said: list[str] = []
+    assert run(models, out, data, say=said.append).models["m"].scores[STRICT].value == 0.5
+    assert said[0] == "first: finished in an earlier run" and said[1].startswith("m: ")
+
+
+def test_a_disk_that_fills_with_requests_is_said(
+    tmp_path: Path, data: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from sqlitedict import SqliteMultithread
+
+    connect = SqliteMultithread._connect
+
+    def small(self: Any) -> Any:
+        connection, cursor = connect(self)
+        cursor.execute("PRAGMA max_page_count = 1")
+        return connection, cursor
+
+    monkeypatch.setattr(SqliteMultithread, "_connect", small)
+    with pytest.raises(OutputError, match=r"disk is full(.|\n)*database or disk is full"):
+        run({"m": pair(PLAIN)}, tmp_path / "out", data)
+    with pytest.raises(OutputError, match="TMPDIR"):
+        run({"m": pair(PLAIN)}, None, data)
+    assert "stack" not in capfd.readouterr().err
+    monkeypatch.setattr(SqliteMultithread, "_connect", connect)
+    run({"m": pair(PLAIN)}, tmp_path / "out", data)
+
+
+def test_other_errors_of_the_system_are_not_taken_for_a_full_disk(tmp_path: Path, data: dict[str, Path]) -> None:
+    class Broken(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            raise ConnectionResetError
+
+    with pytest.raises(ConnectionResetError):
+        run({"m": pair(PLAIN, kind=Broken)}, tmp_path / "out", data)
+
+
+def test_long_names_of_models_and_tasks(tmp_path: Path) -> None:
+    path = tmp_path / "sums.jsonl"
+    path.write_text(json.dumps({"prompt": "the number", "answer": 4}) + "\n")
+    names, task = ("é" * 250, "é" * 249 + "a"), "t" * 250
+    found = run({name: pair(FOUR) for name in names}, tmp_path / "out", {}, tasks=[task], task_data={task: path})
+    assert [found.models[name].scores[f"{task}/answer_acc"].value for name in names] == [1, 1]
+    files = [each.name for each in (tmp_path / "out" / "lm_eval").iterdir()]
+    assert len(files) == 4 and all(len(each.encode()) < 230 for each in files)
 
 
 def test_a_skill_of_no_evaluated_task_is_refused_before_any_work(data: dict[str, Path]) -> None:
@@ -501,3 +660,5 @@ def test_file_names_stay_apart() -> None:
     assert file_name("uniform 0.6") != file_name("uniform_0.6")
     assert "/" not in file_name("../../etc/passwd")
     assert file_name("..") not in ("..", ".")
+    assert file_name("a" * 100) == "a" * 100
+    assert len({file_name("a" * n) for n in (100, 101, 250)}) == 3 and len(file_name("a" * 250)) == 100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -10,6 +11,7 @@ import json
 import math
 import os
 import re
+import sqlite3
 import sys
 import tempfile
 import time
@@ -35,6 +37,7 @@ from wpmerge.evaluation import (
 )
 from wpmerge.harness import (
     HarnessSettings,
+    InMemory,
     Model,
     ModelRun,
     Progress,
@@ -47,6 +50,8 @@ from wpmerge.output import check_output, output_directory, write_file
 from wpmerge.tasks import TaskData, TaskSuite, instruct_alone, load_tasks
 
 _ATTEMPTS = 100  # to take the lock of a run that is just ending
+_LONGEST_NAME = 100  # bytes of a file name that a model's or a task's name may take: two of them stand in one
+_NAMING_FILES = ("tokenizer", "peft", "delta", "lora_local_path")  # arguments of models that name what is read
 _PACKAGES = ("wpmerge", "lm_eval", "torch", "transformers", "datasets", "nltk", "langdetect")
 
 
@@ -86,7 +91,7 @@ def evaluate(
         base: the model that retention starts from; None is the reference.
         skills: skill name to its expert and metric, for retention.
         settings: how every model is run.
-        overwrite: replace an evaluation that is already at ``out``.
+        overwrite: replace an evaluation that is already at ``out``; never what is read for this one.
         progress: called with model name, finished requests, all requests.
         say: takes one-sentence messages.
 
@@ -95,14 +100,16 @@ def evaluate(
             :func:`wpmerge.harness.run_model`; an unknown name among ``reference``, ``base`` and ``skills``, or a skill
             whose task is not evaluated or has no such metric; models judged on different documents.
         CheckpointError: a model is neither a directory nor obtainable from the hub.
-        OutputError: ``out`` cannot be written, or another run is writing it.
+        OutputError: ``out`` cannot be written, is, holds or lies in what is read, or another run is writing it; the
+            disk is full.
     """
     start = time.monotonic()
     settings, skills = settings or HarnessSettings(), dict(skills or {})
     reference, base = reference or base, base or reference
     _check_names(models, reference, base, skills)
     sources = {name: open_source(name, model, settings) for name, model in models.items()}
-    inputs = [each for each in sources.values() if isinstance(each, Path)]
+    _check_tokenizers(sources, settings)
+    inputs = _inputs(sources, settings, task_data or {}, checkers)
     if out is not None:
         check_output(out, inputs=inputs, overwrite=overwrite)
     for name, model in sources.items():
@@ -110,7 +117,7 @@ def evaluate(
     if instruct_alone(tasks, task_data or {}):
         say("preset instruct holds IFEval alone: no local file of other instructions is given (--task-data NAME=FILE)")
     own = [each.fingerprint() for each in checkers]
-    with registered(checkers), _work_folder(out) as work:
+    with registered(checkers), _work_folder(out) as work, _disk(out, work):
         suite = load_tasks(tasks, task_data=task_data, unsafe_code=settings.unsafe_code)
         _check_skills(skills, suite)
         data_hash = {name: _documents_hash(task) for name, task in suite.leaves.items()}
@@ -143,7 +150,7 @@ def evaluate(
         for skill in skills.values():
             evaluation.outcomes(skill.expert, skill.metric)  # refuses one without a number per document
         if out is not None:
-            _write(evaluation, finished, out, overwrite=overwrite)
+            _write(evaluation, finished, out, inputs=inputs, overwrite=overwrite)
         for file in kept:
             file.unlink(missing_ok=True)
     for flag in evaluation.flags():
@@ -160,6 +167,67 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def _inputs(
+    sources: Mapping[str, Model],
+    settings: HarnessSettings,
+    task_data: Mapping[str, TaskData],
+    checkers: Sequence[Checkers],
+) -> list[Path]:
+    """The directories and files that an evaluation reads: no output may take the place of one."""
+    named = [str(settings.model_args[each]) for each in _NAMING_FILES if settings.model_args.get(each)]
+    named += [model for model in sources.values() if isinstance(model, str)]
+    found = [Path(each) for each in named if os.path.lexists(each)]  # the rest are hub ids
+    for model in sources.values():
+        if isinstance(model, InMemory):
+            found += model.inputs
+        elif isinstance(model, Path):
+            found.append(model)
+    for files in task_data.values():
+        found += files.values() if isinstance(files, Mapping) else [files]
+    return found + [each.file.parent / name for each in checkers for name in each.files]
+
+
+def _check_tokenizers(sources: Mapping[str, Model], settings: HarnessSettings) -> None:
+    """Refuse a tokenizer for models that come with one; lm-eval would be given two."""
+    loaded = [name for name, model in sources.items() if not isinstance(model, str | Path)]
+    if loaded and "tokenizer" in settings.model_args:
+        raise EvaluationError(
+            "--model-arg names a tokenizer, and a model that is made in memory brings its own",
+            where=loaded[0],
+            got=f"tokenizer={settings.model_args['tokenizer']}",
+            mend="evaluate it apart, or write the merge with wpmerge fuse and evaluate that",
+        )
+
+
+@contextmanager
+def _disk(out: Path | None, work: Path) -> Iterator[None]:
+    """Say that the disk is full, and what is left of the work.
+
+    Raises:
+        OutputError: it is.
+    """
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        if not _is_full(error):
+            raise
+        kept = "the same command then goes on from the models and requests that are finished, which are kept"
+        raise OutputError(
+            "the disk is full, or cannot be written",
+            where=getattr(error, "filename", None) or work,
+            got=getattr(error, "strerror", None) or error,
+            expected="room for the replies and results of every model",
+            mend=f"free some space; {kept}" if out is not None else "free some space, or set TMPDIR to a larger disk",
+        ) from error
+
+
+def _is_full(error: OSError | sqlite3.Error) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest of it says in which call
+    return code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 
 
 def _check_names(
@@ -400,9 +468,16 @@ def _same(finished: Mapping[str, Mapping[str, Any]], part: str) -> dict[str, Any
     return dict(own)
 
 
-def _write(evaluation: Evaluation, finished: Mapping[str, Mapping[str, Any]], out: Path, *, overwrite: bool) -> None:
+def _write(
+    evaluation: Evaluation,
+    finished: Mapping[str, Mapping[str, Any]],
+    out: Path,
+    *,
+    inputs: Sequence[Path],
+    overwrite: bool,
+) -> None:
     """evaluation.json, and lm-eval's results and samples of each model, under the final name when whole."""
-    with output_directory(out, overwrite=overwrite) as staging:
+    with output_directory(out, inputs=inputs, overwrite=overwrite) as staging, _disk(out, staging):
         folder = staging / "lm_eval"
         folder.mkdir()
         for name, record in finished.items():
@@ -415,8 +490,10 @@ def _write(evaluation: Evaluation, finished: Mapping[str, Mapping[str, Any]], ou
 
 
 def file_name(name: str) -> str:
-    """A model's name as a file name; names that differ stay different."""
+    """A model's or task's name as a file name, at most 100 bytes; names that differ stay different."""
     plain = re.sub(r"[^\w.-]+", "_", name).strip(".") or "_"
+    if len(plain.encode()) > _LONGEST_NAME:
+        plain = plain.encode()[: _LONGEST_NAME - 9].decode(errors="ignore")
     return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 

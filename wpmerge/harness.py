@@ -5,19 +5,23 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
+from wpmerge.capability import rendering
 from wpmerge.directory import locate
-from wpmerge.errors import EvaluationError
+from wpmerge.errors import CheckpointError, EvaluationError
 from wpmerge.loading import check_weights as check_stored_weights
-from wpmerge.loading import loading
+from wpmerge.loading import loading, reason_of, where_from
 from wpmerge.memory import ran_out_of_memory
 from wpmerge.tasks import TaskSuite, quiet
+from wpmerge.tensorfile import check_finite
 
 Loaded: TypeAlias = tuple[Any, Any]
 """A transformers model and its tokenizer."""
@@ -28,8 +32,32 @@ Model: TypeAlias = str | Path | Loaded | Callable[[], Loaded]
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with the requests done and their total."""
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InMemory:
+    """A function that loads one, and the directories that it reads.
+
+    Attributes:
+        load: the function.
+        inputs: the directories; no output may take the place of one.
+    """
+
+    load: Callable[[], Loaded]
+    inputs: tuple[Path, ...]
+
+    def __call__(self) -> Loaded:
+        return self.load()
+
+
 _REQUESTS = ("generate_until", "loglikelihood", "loglikelihood_rolling")
 _DEFAULT_NEW_TOKENS = 256  # lm-eval's own, where a task names none
+_SEEDS = 2**32  # numpy takes no others
+_SET_ELSEWHERE: Mapping[str, str] = {
+    "pretrained": "name the model itself, as NAME=PATH",
+    "batch_size": "use --batch-size",
+    "device": "use --device",
+}
+"""Arguments of every model class that are set here, and how a user sets them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +74,11 @@ class HarnessSettings:
         dtype: weights' dtype for models read from disk, the backend's argument ``dtype``; ``auto`` is the checkpoint's
             for ``hf``, and for other backends their own default.
         chat_template: None uses the tokenizer's template where it has one.
-        seed: of everything that lm-eval draws.
+        seed: of everything that lm-eval draws, in [0, 2³²).
         unsafe_code: tasks may run code that the model wrote.
+
+    Raises:
+        EvaluationError: an argument that has an option of its own, or a seed out of range.
     """
 
     backend: str = "hf"
@@ -60,6 +91,19 @@ class HarnessSettings:
     chat_template: bool | None = None
     seed: int = 0
     unsafe_code: bool = False
+
+    def __post_init__(self) -> None:
+        if taken := [name for name in _SET_ELSEWHERE if name in self.model_args]:
+            raise EvaluationError(
+                "--model-arg gives what is set elsewhere",
+                got=f"{taken[0]}={self.model_args[taken[0]]}",
+                expected="an argument that no option sets",
+                mend=_SET_ELSEWHERE[taken[0]],
+            )
+        if not isinstance(self.seed, int) or not 0 <= self.seed < _SEEDS:
+            raise EvaluationError(
+                "seed is out of range", got=repr(self.seed), expected=f"a whole number from 0 to {_SEEDS - 1}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,10 +147,12 @@ def run_model(
         progress: see :data:`Progress`.
 
     Raises:
-        EvaluationError: the model cannot be loaded, has no room for the response, or does not fit at batch size 1.
+        EvaluationError: the model cannot be loaded, has weights that are not finite or a chat template that fails, has
+            no room for the response, does not fit at batch size 1, or fails with the arguments it is given.
     """
-    with quiet():
+    with quiet(), _given_arguments(name, settings):
         lm = _open(name, model, settings)
+        _check_finite(name, model, lm)
         _check_room(name, lm, suite, settings)
         if progress is not None:
             _count_requests(lm, progress)
@@ -115,19 +161,44 @@ def run_model(
             raise EvaluationError(
                 "a chat template is asked for, and the tokenizer has none", where=name, mend="leave the option out"
             )
+        if template is not None:
+            _try_template(where_from(name, model), lm, settings)
         cached = _caching(lm, cache, progress)
         try:
             results = _run_halving(name, lm, cached, suite, settings, template is not None, say)
         finally:
             cached.dbdict.close()
-    samples = results.pop("samples")
+        samples = results.pop("samples")
+        truncated = _truncated(lm, suite, samples)
     return ModelRun(
         results=results,
         samples=samples,
         chat_template=hashlib.sha256(template.encode()).hexdigest() if template else None,
         batch_size=getattr(lm, "batch_size", settings.batch_size),
-        truncated=_truncated(lm, suite, samples),
+        truncated=truncated,
     )
+
+
+@contextmanager
+def _given_arguments(name: str, settings: HarnessSettings) -> Iterator[None]:
+    """Say that a model fails with the arguments that a user gave it; without any, what is raised passes unchanged.
+
+    Raises:
+        EvaluationError: names the arguments.
+    """
+    given = [argument for argument in settings.model_args if argument != "trust_remote_code"]  # has its own option
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, AssertionError, OverflowError, RuntimeError) as error:
+        if not given:
+            raise
+        raise EvaluationError(
+            "a model fails with the arguments that it is given",
+            where=name,
+            got=reason_of(error),
+            expected=f"what lm-eval's {settings.backend!r} model class takes as {', '.join(given)}",
+            mend="check each --model-arg, or leave them out",
+        ) from error
 
 
 def _open(name: str, model: Model, settings: HarnessSettings) -> Any:
@@ -148,6 +219,32 @@ def _open(name: str, model: Model, settings: HarnessSettings) -> Any:
         return get_model(settings.backend).create_from_arg_obj(
             arguments, {"batch_size": settings.batch_size, "max_batch_size": None, "device": device}
         )
+
+
+def _check_finite(name: str, model: Model, lm: Any) -> None:
+    """Refuse NaN and infinity among a transformers model's weights, tensor by tensor: its replies would be noise, and
+    its scores 0.
+
+    Raises:
+        EvaluationError: names the first tensor that has one.
+    """
+    network = getattr(lm, "model", None)
+    if not isinstance(network, torch.nn.Module):
+        return
+    where = where_from(name, model)
+    for key, weights in network.named_parameters():
+        if type(weights.data) is not torch.Tensor or weights.is_meta or weights.itemsize == 1:
+            continue  # sharded, offloaded or quantised
+        try:
+            check_finite(weights.detach(), where=f"{key} in {where}")
+        except CheckpointError as error:
+            raise EvaluationError(
+                error.what,
+                where=error.where,
+                got=error.got,
+                expected=error.expected,
+                mend="use another copy of the checkpoint, or a wider --dtype if this one is too narrow for it",
+            ) from None
 
 
 def open_source(name: str, model: Model, settings: HarnessSettings) -> Model:
@@ -221,6 +318,24 @@ def _template(lm: Any) -> str | None:
     return template or None
 
 
+def _try_template(where: str, lm: Any, settings: HarnessSettings) -> None:
+    """Apply the chat template once, before any request, and see to it that one that fails later is named too.
+
+    Raises:
+        EvaluationError: it fails.
+    """
+    render: Callable[..., str] = lm.apply_chat_template
+    beside = " or what --model-arg gives it" if settings.model_args else ""
+    mend = f"correct the template{beside}, or leave it out with --no-chat-template"
+
+    def call(*args: Any, **kwargs: Any) -> str:
+        with rendering(where, kind=EvaluationError, mend=mend):
+            return render(*args, **kwargs)
+
+    lm.apply_chat_template = call
+    call([{"role": "user", "content": "What is it?"}])
+
+
 def _new_tokens(suite: TaskSuite, settings: HarnessSettings) -> int:
     """The longest response that any task asks for, in tokens; 0 where none generates."""
     generating = [task for task in suite.leaves.values() if task.OUTPUT_TYPE == "generate_until"]
@@ -266,6 +381,7 @@ def _caching(lm: Any, cache: Path, progress: Progress | None) -> Any:
     """
     from lm_eval.api.model import LM, CachingLM
 
+    logging.getLogger("sqlitedict").setLevel(logging.CRITICAL)  # it logs stack by stack what it raises as well
     LM.register(CachingLM)  # it stands in for one, and simple_evaluate asks
     cached = CachingLM(lm, str(cache))
     if progress is not None:

@@ -1,6 +1,6 @@
 """Models that exist on no disk, for evaluation: a plan carried out in memory, a LoRA adapter applied to its base."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from wpmerge.adapter import is_adapter
 from wpmerge.checkpoint import Checkpoint, open_checkpoint
 from wpmerge.directory import locate
 from wpmerge.errors import EvaluationError
-from wpmerge.harness import HarnessSettings, Loaded, Model
+from wpmerge.harness import HarnessSettings, InMemory, Loaded, Model
 from wpmerge.loading import refuse_unfit
 from wpmerge.merging import check_inputs, merged_state_dict, open_inputs
 from wpmerge.models import load_tokenizer
@@ -28,7 +28,8 @@ def models_to_evaluate(
     settings: HarnessSettings,
     trust_remote_code: bool = False,
 ) -> dict[str, Model]:
-    """What :func:`wpmerge.evaluating.evaluate` takes, in order: checkpoints as they lie, adapters, plans as functions.
+    """What :func:`wpmerge.evaluating.evaluate` takes, in order: checkpoints as they lie; adapters and plans
+    as functions that know what they read.
 
     Args:
         models: name → directory, hub id or LoRA adapter.
@@ -71,19 +72,20 @@ def models_to_evaluate(
 
 def _plan_loader(
     directory: Path, inputs: Mapping[str, str], settings: HarnessSettings, trust_remote_code: bool
-) -> Callable[[], Loaded]:
+) -> InMemory:
     """Checks the plan and its inputs now, merges when called."""
     plan = load_plan(directory)
     own = {name: path for name, path in inputs.items() if name in (BASE, *plan.experts)}
     opened = open_inputs(plan, own, trust_remote_code=trust_remote_code)
     checkpoints = match_vocabulary(opened, BASE, "base")  # where scoring cut a larger one, so does the plan
     check_inputs(plan, checkpoints)
-    return lambda: load_model(checkpoints[BASE], merged_state_dict(plan, checkpoints), settings)
+    return InMemory(
+        load=lambda: load_model(checkpoints[BASE], merged_state_dict(plan, checkpoints), settings),
+        inputs=(directory, *(each.path for each in checkpoints.values())),
+    )
 
 
-def _adapter_loader(
-    base: str, adapter: str, settings: HarnessSettings, trust_remote_code: bool
-) -> Callable[[], Loaded]:
+def _adapter_loader(base: str, adapter: str, settings: HarnessSettings, trust_remote_code: bool) -> InMemory:
     """Checks the adapter now, applies it when called; touched tensors are rounded to the base's dtype."""
     whole = open_checkpoint(base, trust_remote_code=trust_remote_code)
     adapted = open_checkpoint(adapter, base=whole, trust_remote_code=trust_remote_code)
@@ -92,7 +94,7 @@ def _adapter_loader(
         state = {name: adapted.load(name).to(info.dtype.torch) for name, info in whole.tensors.items()}
         return load_model(whole, state, settings)
 
-    return load
+    return InMemory(load=load, inputs=(whole.path, adapted.path))
 
 
 def load_model(base: Checkpoint, state: Mapping[str, Tensor], settings: HarnessSettings) -> Loaded:
