@@ -10,6 +10,8 @@ from wpmerge.judges import TestPrompt, hash_of_tests, judge, load_prompts, load_
 NUMBER = TestPrompt(prompt="How many?", judge="number", answer=1043)
 JSON = TestPrompt(prompt="As JSON.", judge="json", answer={"name": "Rosa", "age": 59})
 
+WORDS = "length_constraints:number_words"
+
 
 def write(path, *rows):
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
@@ -105,8 +107,20 @@ def test_a_file_is_read_in_order(tmp_path):
         ({"prompt": "a", "answer": True}, "neither a number nor an object"),
         ({"prompt": "a", "answer": "3"}, "neither a number nor an object"),
         ({"prompt": "a", "reference": ""}, "reference is not a text"),
-        ({"prompt": "a", "instruction_id_list": ["punctuation:no_comma"]}, "do not match"),
+        ({"prompt": ["a"], "answer": 3}, 'has no prompt[\\s\\S]*line 2[\\s\\S]*\\["a"\\]'),
+        ('{"prompt": "a\\ud800", "answer": 3}', "written as UTF-8[\\s\\S]*line 2, field 'prompt'"),
+        ('{"prompt": "a", "answer": NaN}', "not finite[\\s\\S]*line 2, field 'answer'"),
+        ('{"prompt": "a", "answer": 1e999}', "not finite[\\s\\S]*line 2, field 'answer'"),
+        ({"prompt": "a", "instruction_id_list": ["punctuation:no_comma"]}, "do not pair up"),
         ({"prompt": "a", "instruction_id_list": ["no:such"], "kwargs": [{}]}, "unknown IFEval instruction"),
+        ({"prompt": "a", "instruction_id_list": [["no:such"]], "kwargs": [{}]}, "do not pair up"),
+        ({"prompt": "a", "instruction_id_list": [{}], "kwargs": [{}]}, "do not pair up"),
+        ({"prompt": "a", "instruction_id_list": [WORDS], "kwargs": [None]}, "do not pair up"),
+        ({"prompt": "a", "instruction_id_list": [WORDS], "kwargs": [{}]}, f"line 2, {WORDS}\n  got: no num_words"),
+        (
+            {"prompt": "a", "instruction_id_list": [WORDS], "kwargs": [{"num_words": "ten", "relation": "at least"}]},
+            f'line 2, {WORDS}\n  got: num_words: "ten"',
+        ),
         ({"prompt": "a", "reference": "b"}, "some test prompts are judged and some are not"),
     ],
 )

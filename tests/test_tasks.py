@@ -37,6 +37,7 @@ def ask(key: int, *ids: str, kwargs: list[dict[str, Any]] | None = None) -> dict
 
 
 NO_COMMA = ask(1, "punctuation:no_comma")
+WORDS = "length_constraints:number_words"
 HIGHLIGHTS = ask(2, "detectable_format:number_highlighted_sections", kwargs=[{"num_highlights": 2}])
 
 
@@ -124,7 +125,7 @@ def test_rows_with_instructions_of_the_users_own(tmp_path: Path) -> None:
         with pytest.raises(EvaluationError, match=r"odd.jsonl, document 2; .*checkers.py: words:start, build_desc"):
             load_tasks(["odd"], task_data={"odd": odd})
         null = write(tmp_path / "null.jsonl", [rows[1], {**rows[1], "kwargs": [{"N": 2}, None]}])
-        with pytest.raises(EvaluationError, match=r"not what the task reads(.|\n)*null.jsonl, document 2"):
+        with pytest.raises(EvaluationError, match=r"do not pair up(.|\n)*null.jsonl, document 2"):
             load_tasks(["null"], task_data={"null": null})
 
 
@@ -288,10 +289,28 @@ def test_code_is_not_run_without_consent() -> None:
         ),
         (json.dumps(ask(1, "punctuation:no_comma", kwargs=[{}, {}])), "do not pair up"),
         (json.dumps(ask(1)), "do not pair up"),
+        ("\n".join(json.dumps({**NO_COMMA, "key": value}) for value in (1, "a")), "do not fit in one table"),
         (
-            "\n".join(json.dumps(ask(1, "punctuation:no_comma", kwargs=[{"x": value}])) for value in (1, "a")),
-            "do not fit in one table",
+            json.dumps(ask(1, "punctuation:no_comma", kwargs=[{"x": 1}])),
+            r"document 1, punct(.|\n)*got: x: 1(.|\n)*no arg",
         ),
+        ("\n".join(map(json.dumps, [NO_COMMA, ask(2, WORDS)])), rf"document 2, {WORDS}\n  got: no num_words"),
+        (
+            json.dumps(ask(1, WORDS, kwargs=[{"num_words": "ten", "relation": "at least"}])),
+            rf'document 1, {WORDS}\n  got: num_words: "ten"',
+        ),
+        (
+            json.dumps(ask(1, WORDS, kwargs=[{"num_words": 10, "relation": "around"}])),
+            rf"document 1, {WORDS}\n  got: .*around is given",
+        ),
+        (json.dumps({**NO_COMMA, "kwargs": ["a"]}), "do not pair up"),
+        (json.dumps({**NO_COMMA, "kwargs": [None]}), "do not pair up"),
+        (json.dumps({**NO_COMMA, "instruction_id_list": [["punctuation:no_comma"]]}), "do not pair up"),
+        *(
+            (json.dumps({**NO_COMMA, "prompt": odd}), r"no prompt(.|\n)*document 1")
+            for odd in (None, 5, ["hi"], "", " ")
+        ),
+        (json.dumps({**NO_COMMA, "prompt": "\ud800"}), r"written as UTF-8(.|\n)*line 1, field 'prompt'"),
     ],
 )
 def test_malformed_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -299,6 +318,39 @@ def test_malformed_files_are_refused(tmp_path: Path, text: str, message: str) ->
     path.write_text(text)
     with pytest.raises(EvaluationError, match=message):
         load_tasks(["ifeval"], task_data={"ifeval": path})
+
+
+@pytest.mark.parametrize("odd", [None, 5, ["hi"], ""])
+def test_prompts_of_other_tasks_are_texts_too(tmp_path: Path, odd: Any) -> None:
+    rows = write(tmp_path / "sums.jsonl", [{"prompt": "2+2?", "answer": 4}, {"prompt": odd, "answer": 4}])
+    with pytest.raises(EvaluationError, match=r"no prompt(.|\n)*sums.jsonl, document 2"):
+        load_tasks(["sums"], task_data={"sums": rows})
+    rows = write(tmp_path / "l.jsonl", [{**NO_COMMA, "prompt": odd}])
+    with pytest.raises(EvaluationError, match=r"no prompt(.|\n)*l.jsonl, document 1"):
+        load_tasks(["leaderboard_ifeval"], task_data={"leaderboard_ifeval": rows})
+
+
+def test_an_answer_that_no_reply_can_give_is_refused(tmp_path: Path) -> None:
+    for number in ("NaN", "1e999"):
+        (tmp_path / "sums.jsonl").write_text('{"prompt": "2+2?", "answer": ' + number + "}\n")
+        with pytest.raises(EvaluationError, match=r"not finite(.|\n)*line 1, field 'answer'"):
+            load_tasks(["sums"], task_data={"sums": tmp_path / "sums.jsonl"})
+
+
+def test_each_split_has_one_file_and_is_read(tmp_path: Path) -> None:
+    one, two = (write(tmp_path / name, [NO_COMMA]) for name in ("one.jsonl", "two.jsonl"))
+    with pytest.raises(
+        EvaluationError, match=r"two files(.|\n)*where: ifeval\n.*one.jsonl and .*two.jsonl(.|\n)*train"
+    ):
+        load_tasks(["ifeval"], task_data={"ifeval": {"": one, "train": two}})
+    with pytest.raises(
+        EvaluationError, match=r"does not read(.|\n)*demo: .*two.jsonl\n  got: foo\n  expected: train\n"
+    ):
+        load_tasks(["demo"], task_data={"demo": {"": one, "foo": two}})
+    sums = write(tmp_path / "sums.jsonl", [{"question": "2+2?", "answer": "So #### 4"}] * 6)
+    with pytest.raises(EvaluationError, match=r"does not read(.|\n)*got: validation\n  expected: test, train\n"):
+        load_tasks(["gsm8k"], task_data={"gsm8k": {"": sums, "train": sums, "validation": sums}})
+    assert len(load_tasks(["ifeval"], task_data={"ifeval": {"train": one}}).leaves["ifeval"].eval_docs) == 1
 
 
 def test_other_refusals(tmp_path: Path) -> None:

