@@ -463,7 +463,7 @@ def test_fuse_refuses_in_one_form(home: Path, tmp_path: Path, change: list[str],
 
 def test_an_output_over_an_input_is_refused(home: Path) -> None:
     before = sorted(home.rglob("*"))
-    assert "the output is an input" in fail(*score_command(home, home / "a"), "--overwrite", "--accept-anchor")
+    assert "not an output of wpmerge" in fail(*score_command(home, home / "a"), "--overwrite", "--accept-anchor")
     assert "the output contains an input" in fail("fuse", home / "scores", "--out", home, "--overwrite", "--scale", "1")
     assert sorted(home.rglob("*")) == before
 

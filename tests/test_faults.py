@@ -91,13 +91,13 @@ for number in range(kills):
     overwrite = number % 3 == 2
     if overwrite:
         out.mkdir()
-        (out / "config.json").write_text("old")
+        (out / "merge.json").write_text("old")
     pid = child(lambda: run(overwrite=overwrite, threads=1 + number % 2))
     time.sleep(chance.uniform(0.1, 1) * duration)
     os.kill(pid, signal.SIGKILL)
     died += finished(pid) == -signal.SIGKILL
     if out.exists() and contents(out) != expected:
-        assert overwrite and contents(out) == {"config.json": b"old"}, f"kill {number}: half an output"
+        assert overwrite and contents(out) == {"merge.json": b"old"}, f"kill {number}: half an output"
     left = {file.name: file.stat().st_mtime_ns for file in out.parent.glob(".out.wpmerge/out/*.safetensors")}
     whole = out.exists() and contents(out) == expected
     assert finished(child(lambda: run(overwrite=overwrite or whole))) == 0, f"kill {number}: the rerun failed"

@@ -480,3 +480,16 @@ def test_a_recipe_at_granularity_tensor_is_the_merge_in_mergekit(disk: Disk, tmp
     assert len({float(coefficient.values) for coefficient in numbers.values()}) > 5
     for name in ours.tensors:
         assert ulps(ours.load(name), theirs.load(name)).max() == 0, name
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_scores_without_an_experts_capability_are_refused(disk: Disk, tmp_path: Path, retain: bool) -> None:
+    other = disk.copy(tmp_path / "family")
+    header = json.loads((other.scores / "scores.json").read_text())
+    if retain:
+        header["capabilities"]["a"]["retain"] = True
+    else:
+        del header["capabilities"]["a"]
+    (other.scores / "scores.json").write_text(json.dumps(header))
+    with pytest.raises(RecipeError, match="no capability of an expert"):
+        other.fuse(tmp_path / "out")

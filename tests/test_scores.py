@@ -190,8 +190,6 @@ def test_infinite_statistics_survive(tmp_path: Path) -> None:
     ("path", "value", "complaint"),
     [
         (("experts",), {}, "no expert"),
-        (("capabilities",), {}, "no capability of the expert title"),
-        (("capabilities", "title", "retain"), True, "no capability of the expert title"),
         (("capabilities", "title", "held_out", "sequences"), [], "0 held-out prompts, 1 starts"),
         (("capabilities", "title", "held_out", "starts"), [], "1 held-out prompts, 0 starts"),
         (("capabilities", "title", "held_out", "starts"), [9999], "whose reference starts at 9999"),

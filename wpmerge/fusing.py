@@ -108,6 +108,11 @@ def fuse(
     _ = settings.rule_settings, settings.refine_settings  # numbers out of range are refused before anything is read
     tell: Progress = progress or (lambda *_: None)
     scores = load_scores(scores_dir)
+    for name in scores.experts:
+        if name not in scores.capabilities or scores.capabilities[name].retain:
+            raise RecipeError(
+                "the scores have no capability of an expert", where=scores_dir, got=name, mend="score again"
+            )
     check_output(out, inputs=[scores_dir], overwrite=overwrite)
     family = open_scored_family(
         scores, dict(models or {}), device=device, resident=resident, trust_remote_code=trust_remote_code

@@ -378,9 +378,6 @@ def _misfits(header: _ScoresFile, shapes: Mapping[str, tuple[int, ...]]) -> Iter
         yield f"provenance.settings: {settings!r}"
     if not header.experts:
         yield "no expert"
-    for name in header.experts:
-        if name not in header.capabilities or header.capabilities[name].retain:
-            yield f"no capability of the expert {name}"
     for name, record in header.capabilities.items():
         sequences, starts = record.held_out.sequences, record.held_out.starts
         if not sequences or len(starts) != len(sequences):
