@@ -41,7 +41,7 @@ A file of `--task-data TASK=FILE` is JSONL, an object a line, in one of three fo
 | TASK | keys of every row | judged by |
 |---|---|---|
 | `ifeval`, or a name that lm-eval does not have \
-| {ifeval}; `kwargs` has an object for each instruction, with every argument that its checker takes; null is as good as absent \
+| {ifeval}; `kwargs` has an object for each instruction, with every argument that its checker takes (null is none) \
 | IFEval's checkers and those of `--checkers`, strict and loose |
 | a name that lm-eval does not have | {answer}: a number, a text, or any other JSON \
 | a number: the last "answer is N" of the reply; a text: the reply itself; else: the whole reply read as JSON |

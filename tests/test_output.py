@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from wpmerge.errors import OutputError
-from wpmerge.output import check_output, check_space, output_directory, work_directory, write_file
+from wpmerge.errors import CheckpointError, OutputError
+from wpmerge.output import check_output, check_space, mark, output_directory, work_directory, write_file
 
 
 def names(path):
@@ -265,6 +265,8 @@ def test_work_is_kept_where_the_output_cannot_be_written_and_removed_after_a_fau
         work_directory(out, fingerprint="f"),
     ):
         pytest.fail("entered")
+    with pytest.raises(CheckpointError), work_directory(out, fingerprint="f") as work:
+        raise CheckpointError("a merged tensor has values that are not finite", mend="--allow-nan")
     with pytest.raises(ZeroDivisionError), work_directory(out, fingerprint="f") as work:
         assert names(work) == ["part"]
         1 / 0  # noqa: B018
@@ -274,16 +276,17 @@ def test_work_is_kept_where_the_output_cannot_be_written_and_removed_after_a_fau
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("files", [["config.json"], ["recipe.yml"], ["config.json", "thesis.txt"]])
+@pytest.mark.parametrize(
+    "files", [["config.json"], ["recipe.yml"], ["config.json", "recipe.yml", "mergekit_config.yml"]]
+)
 def test_a_model_or_recipe_of_somebody_else_is_never_replaced(tmp_path, files):
     for name in files:
         (tmp_path / "home" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "home" / name).write_text("{}")
     with pytest.raises(OutputError, match="not an output"):
         check_output(tmp_path / "home", inputs=[], overwrite=True)
-    for name in ("config.json", "recipe.yml"):
-        (tmp_path / "home" / name).write_text("{}")
-    check_output(tmp_path / "home", inputs=[], overwrite=True)  # what an exact recipe is
+    mark(tmp_path / "home", "a merge that mergekit made")
+    check_output(tmp_path / "home", inputs=[], overwrite=True)
 
 
 def test_a_place_where_nothing_can_be_made_is_refused(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from wpmerge.checkpoint import Checkpoint
 from wpmerge.dtypes import Dtype
 from wpmerge.errors import RecipeError
 from wpmerge.merging import check_inputs, plan_jobs
-from wpmerge.output import check_space, output_directory, write_file
+from wpmerge.output import check_space, mark, output_directory, write_file
 from wpmerge.plan import BASE, Operator, Plan
 from wpmerge.recipe import main_dtype, model_reference, single_number, weight_setting, with_tied_names
 from wpmerge.shards import OutputTensor, ShardWriter, layout_shards
@@ -83,6 +83,7 @@ def write_exact_recipe(
             writer.abandon()
             raise
         writer.close()
+        mark(directory, "a recipe that reproduces a merge in mergekit, and its auxiliary checkpoint")
         write_file(directory / "recipe.yml", _recipe(plan, checkpoints, touched, out.absolute()))
     return out / "recipe.yml"
 

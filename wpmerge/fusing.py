@@ -16,7 +16,7 @@ from wpmerge.exact_recipe import check_exact, write_exact_recipe
 from wpmerge.explaining import check_names, explain
 from wpmerge.memory import merging_budget, return_freed_memory
 from wpmerge.merging import SHARD_BYTES, MergeSummary, merge
-from wpmerge.models import Family, bounded, open_family
+from wpmerge.models import Family, bounded, end_tokens, open_family
 from wpmerge.output import check_output, check_space, output_directory, work_directory, write_file
 from wpmerge.pieces import Pieces
 from wpmerge.plan import BASE, InputModel, Operator, Plan, input_model
@@ -121,8 +121,7 @@ def fuse(
     inputs = [scores_dir, *(checkpoint.path for checkpoint in checkpoints.values())]
     check_output(out, inputs=inputs, overwrite=overwrite)
     if not plan_only:  # before minutes are spent on choosing scales
-        total = _weight_bytes(family.base, dtype)
-        check_space(out, total=total, largest=min(total, shard_bytes))
+        check_space(out, total=_weight_bytes(family.base, dtype))
     operator = operator or Operator()
     if exact_recipe is not None:
         check_output(exact_recipe, inputs=[*inputs, out], overwrite=overwrite)  # nor may it replace the merge
@@ -167,8 +166,8 @@ def fuse(
                 vocab=scored_vocabulary(scores),
                 progress=lambda done, total: tell("writing", done, total),
             )
-        if exact_recipe is not None:
-            write_exact_recipe(plan, checkpoints, exact_recipe, overwrite=overwrite)
+    if exact_recipe is not None:
+        write_exact_recipe(plan, checkpoints, exact_recipe, overwrite=overwrite)
     standing = outcome.standing
     return FuseResult(
         plan=plan,
@@ -190,6 +189,8 @@ def _fingerprint(family: Family, scores: Scores, scores_dir: Path, settings: Fus
         "scores": [hashlib.sha256((scores_dir / name).read_bytes()).hexdigest() for name in FILES],
         # what tokenizer and chat template make of the prompts, and what no weight shows
         "tokens": [family.chat.prompt_tokens(text) for text in scored],
+        "ends": [sorted(end_tokens(family, name)) for name in ("", *family.experts)],
+        "pad": family.chat.tokenizer.pad_token_id,
         "config": family.base.config,
         "settings": repr(settings),
         "device": device,

@@ -12,7 +12,7 @@ import yaml
 
 from wpmerge.checkpoint import open_checkpoint
 from wpmerge.errors import RecipeError
-from wpmerge.output import check_output, output_directory
+from wpmerge.output import check_output, mark, output_directory
 from wpmerge.writing import MergeSummary
 
 
@@ -50,6 +50,7 @@ def merge_with_mergekit(
             raise RecipeError(
                 "mergekit failed", where=path, got=lines[-1] if lines else f"exit status {done.returncode}"
             )
+        mark(directory, "a merge that mergekit made")
         merged = open_checkpoint(directory, trust_remote_code=trust_remote_code)
         files = {info.file for info in merged.tensors.values()}
         tensors, nbytes = len(merged.tensors), sum(info.nbytes for info in merged.tensors.values())

@@ -189,7 +189,7 @@ def _given_arguments(name: str, settings: HarnessSettings) -> Iterator[None]:
     given = [argument for argument in settings.model_args if argument != "trust_remote_code"]  # has its own option
     try:
         yield
-    except (TypeError, ValueError, LookupError, AttributeError, AssertionError, OverflowError, RuntimeError) as error:
+    except (TypeError, ValueError, AssertionError, OverflowError, RuntimeError) as error:
         if not given:
             raise
         raise EvaluationError(

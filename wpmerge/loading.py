@@ -147,7 +147,8 @@ def refuse_unfit(model: Any, found: Mapping[str, Any], where: object) -> None:
             mend="put weights and config.json of the same model together",
         )
     lists = {name: len(each) for name, each in model.named_modules() if isinstance(each, torch.nn.ModuleList)}
-    beyond = {name: count for name in found["unexpected_keys"] if (count := _exceeded(name, lists)) is not None}
+    beside = int(getattr(model.config, "num_nextn_predict_layers", None) or 0)  # heads that guess tokens ahead
+    beyond = {name: n for name in found["unexpected_keys"] if (n := _exceeded(name, lists, beside)) is not None}
     if more := sorted(beyond):
         raise EvaluationError(
             "a checkpoint has more layers than its configuration says",
@@ -158,12 +159,14 @@ def refuse_unfit(model: Any, found: Mapping[str, Any], where: object) -> None:
         )
 
 
-def _exceeded(tensor: str, lists: Mapping[str, int]) -> int | None:
-    """How many layers the model's list has that a tensor's layer lies beyond; None for a tensor of no such layer, and
-    for one of a part that the model does not have at all, such as a vision tower."""
+def _exceeded(tensor: str, lists: Mapping[str, int], beside: int) -> int | None:
+    """How many layers the model's list has that a tensor's layer lies beyond, by more than ``beside``.
+
+    None for a tensor of no such layer, and for one of a part that the model lacks as a whole, such as a vision tower.
+    """
     match = _LAYER.match(tensor)
     counts = [count for name, count in lists.items() if match and f".{name}".endswith(f".{match[1]}")]
-    return max(counts) if match and counts and int(match[2]) >= max(counts) else None
+    return max(counts) if match and counts and int(match[2]) >= max(counts) + beside else None
 
 
 def _and_more(names: list[Any]) -> str:

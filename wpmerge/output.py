@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from wpmerge.errors import OutputError
+from wpmerge.errors import OutputError, WpmergeError
 
 # A directory is replaced only if it holds one of these: --overwrite is for our outputs, nobody's home or model.
 OWN_FILES = (
@@ -25,10 +25,10 @@ OWN_FILES = (
     "evaluation.json",
     "proof.json",
     "figures.json",
-    "mergekit_config.yml",  # mergekit's own, of a merge that it was handed
+    "wpmerge.json",
 )
-EXACT_FILES = ("config.json", "recipe.yml")
-"""What a directory of an exact recipe holds, which has none of those."""
+MARK = OWN_FILES[-1]
+"""Of outputs that have none of the others."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Of an OSError: there is no room, or the process may not write so much."""
@@ -61,8 +61,7 @@ def check_output(out: Path, *, inputs: Iterable[Path], overwrite: bool) -> None:
         raise OutputError(
             "the output directory exists", where=out, mend="choose another path, or replace it with --overwrite"
         )
-    own = any((out / name).is_file() for name in OWN_FILES) or all((out / name).is_file() for name in EXACT_FILES)
-    if any(out.iterdir()) and not own:
+    if any(out.iterdir()) and not any((out / name).is_file() for name in OWN_FILES):
         raise OutputError(
             "refused to replace a directory that is not an output of wpmerge",
             where=out,
@@ -149,17 +148,18 @@ def output_directory(
     _recover(out, box, fingerprint)
     check_output(out, inputs=inputs, overwrite=overwrite)
     try:
-        with _locked(out, box), room_is_said(out, total):
-            staging = _open_box(box, fingerprint)
-            yield staging
-            sync_directory(staging)
-            _put_in_place(staging, out, box, fingerprint)
+        with room_is_said(out, total), _locked(out, box):
+            try:
+                staging = _open_box(box, fingerprint)
+                yield staging
+                sync_directory(staging)
+                _put_in_place(staging, out, box, fingerprint)
+            except Exception:
+                _remove(box)
+                raise
             _remove(box)
     except _Busy:
         raise OutputError("another run is writing this output", where=out) from None
-    except Exception:
-        _remove(box)
-        raise
 
 
 @contextlib.contextmanager
@@ -170,7 +170,7 @@ def work_directory(out: Path, *, fingerprint: str) -> Iterator[Path]:
         out: the output's final name.
         fingerprint: identifies the work; what another work has left is removed.
 
-    An interrupt, a kill, and an output that cannot be written leave it for the next run; another exception removes it.
+    An interrupt, a kill, and what a user can mend leave what is finished for the next run; another fault removes it.
 
     Raises:
         OutputError: nothing can be written there, another run is at work, or the disk is full.
@@ -178,16 +178,17 @@ def work_directory(out: Path, *, fingerprint: str) -> Iterator[Path]:
     out = Path(os.path.normpath(out.absolute()))
     work = out.with_name(f".{out.name}.wpmerge-work")
     try:
-        with _locked(out, work), room_is_said(out):
-            yield _open_box(work, fingerprint)
+        with room_is_said(out), _locked(out, work):
+            try:
+                yield _open_box(work, fingerprint)
+            except Exception as error:
+                mended = isinstance(error, WpmergeError | OSError | MemoryError)
+                if not mended or not any(path.is_file() for path in (work / "out").rglob("*")):
+                    _remove(work)
+                raise
             _remove(work)
     except _Busy:
         raise OutputError("another run is writing this output", where=out) from None
-    except OutputError:
-        raise
-    except Exception:
-        _remove(work)
-        raise
 
 
 @contextlib.contextmanager
@@ -227,6 +228,16 @@ def write_file(path: Path, data: bytes | str) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def mark(directory: Path, what: str) -> None:
+    """Say that a directory is an output of wpmerge, where none of its own files does.
+
+    Args:
+        directory: the output.
+        what: is in it.
+    """
+    write_file(directory / MARK, json.dumps({"made_by": "wpmerge", "what": what}, indent=1) + "\n")
 
 
 def write_own_file(path: Path, data: bytes | str) -> None:

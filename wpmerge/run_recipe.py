@@ -154,7 +154,7 @@ class Judging(_Section):
     """Of the weights while they run; auto is the checkpoint's."""
     chat_template: bool | None = None
     """Put prompts through the tokenizer's chat template; none where it has one."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of everything that lm-eval draws."""
 
 
