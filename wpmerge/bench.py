@@ -394,7 +394,7 @@ def _workplace(out: Path, identity: Mapping[str, Any]) -> Iterator[None]:
 def _stated(identity: Path) -> dict[str, Any]:
     """What a directory of results says that it was made from."""
     try:
-        found = read_json(identity)
+        return read_json(identity)
     except CheckpointError as error:
         raise OutputError(
             "what the results in this output were made from cannot be read",
@@ -402,7 +402,6 @@ def _stated(identity: Path) -> dict[str, Any]:
             got=error.what if error.got is None else error.got,
             mend="choose another path",
         ) from None
-    return found
 
 
 def _all_cells(

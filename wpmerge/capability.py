@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wpmerge import builtin
-from wpmerge.errors import CapabilityError, WpmergeError
+from wpmerge.errors import CapabilityError, WpmergeError, reason_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,8 +261,7 @@ def rendering(
         ArithmeticError,
         RecursionError,
     ) as error:
-        reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
-        raise kind("a chat template cannot be applied", where=where, got=reason, mend=mend) from error
+        raise kind("a chat template cannot be applied", where=where, got=reason_of(error), mend=mend) from error
 
 
 class Chat:

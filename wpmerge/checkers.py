@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wpmerge.errors import EvaluationError
+from wpmerge.errors import EvaluationError, reason_of
 from wpmerge.ifeval import ifeval_checkers
 
 REGISTRY = "INSTRUCTION_DICT"
@@ -96,7 +96,7 @@ class _Checker:
             raise EvaluationError(
                 "a checker fails",
                 where=f"{self._where}, {method}",
-                got=_one_line(error),
+                got=reason_of(error),
                 expected="true or false of any reply, and the arguments that the documents give",
                 mend="mend it, or install what it needs; finished replies are kept beside the output",
             ) from error
@@ -228,7 +228,7 @@ def _read(file: Path) -> Checkers:
             raise EvaluationError(
                 "a file of checkers cannot be imported",
                 where=file,
-                got=_one_line(error),
+                got=reason_of(error),
                 expected=f"Python that defines {REGISTRY}",
                 mend="mend the file, or install what it imports beside wpmerge",
             ) from error
@@ -292,7 +292,3 @@ def _files(file: Path) -> dict[str, str]:
 def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     """A document's arguments of one instruction, so that lm-eval drops null alone."""
     return {name: value if value or value is None else _Given(value) for name, value in given.items()}
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"

@@ -58,6 +58,12 @@ class EvaluationError(WpmergeError):
     """A task or its data is not at hand, or a model cannot be evaluated."""
 
 
+def reason_of(error: BaseException, *, lines: int = 1) -> str:
+    """An error's kind and the first lines of what it says, in one."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
+    return f"{type(error).__name__}: {' '.join(said[:lines])}"
+
+
 def describe(error: ValidationError) -> str:
     """A schema violation in one line: the first fault, and how many there are."""
     faults = error.errors(include_url=False)

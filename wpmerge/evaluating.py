@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -46,7 +45,7 @@ from wpmerge.harness import (
     open_source,
     run_model,
 )
-from wpmerge.output import check_output, output_directory, write_file
+from wpmerge.output import FULL, check_output, output_directory, write_file
 from wpmerge.tasks import TaskData, TaskSuite, instruct_alone, load_tasks
 
 _ATTEMPTS = 100  # to take the lock of a run that is just ending
@@ -225,7 +224,7 @@ def _disk(out: Path | None, work: Path) -> Iterator[None]:
 
 def _is_full(error: OSError | sqlite3.Error) -> bool:
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return error.errno in FULL
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest of it says in which call
     return code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 
@@ -477,7 +476,7 @@ def _write(
     overwrite: bool,
 ) -> None:
     """evaluation.json, and lm-eval's results and samples of each model, under the final name when whole."""
-    with output_directory(out, inputs=inputs, overwrite=overwrite) as staging, _disk(out, staging):
+    with output_directory(out, inputs=inputs, overwrite=overwrite) as staging:
         folder = staging / "lm_eval"
         folder.mkdir()
         for name, record in finished.items():

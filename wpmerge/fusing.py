@@ -16,7 +16,7 @@ from wpmerge.exact_recipe import check_exact, write_exact_recipe
 from wpmerge.explaining import check_names, explain
 from wpmerge.memory import merging_budget, return_freed_memory
 from wpmerge.merging import SHARD_BYTES, MergeSummary, merge
-from wpmerge.models import Family, bounded, end_tokens, open_family
+from wpmerge.models import Family, bounded, open_family, run_facts
 from wpmerge.output import check_output, check_space, output_directory, work_directory, write_file
 from wpmerge.pieces import Pieces
 from wpmerge.plan import BASE, InputModel, Operator, Plan, input_model
@@ -189,12 +189,8 @@ def _fingerprint(family: Family, scores: Scores, scores_dir: Path, settings: Fus
         "scores": [hashlib.sha256((scores_dir / name).read_bytes()).hexdigest() for name in FILES],
         # what tokenizer and chat template make of the prompts, and what no weight shows
         "tokens": [family.chat.prompt_tokens(text) for text in scored],
-        "ends": [sorted(end_tokens(family, name)) for name in ("", *family.experts)],
-        "pad": family.chat.tokenizer.pad_token_id,
-        "config": family.base.config,
+        "run": run_facts(family, device=device),
         "settings": repr(settings),
-        "device": device,
-        "resident": family.resident,
         "held": family.engine.held_bytes,
         "versions": versions(),
     }

@@ -16,9 +16,9 @@ import torch
 
 from wpmerge.capability import rendering
 from wpmerge.directory import locate
-from wpmerge.errors import CheckpointError, EvaluationError
+from wpmerge.errors import CheckpointError, EvaluationError, reason_of
 from wpmerge.loading import check_weights as check_stored_weights
-from wpmerge.loading import loading, reason_of, where_from
+from wpmerge.loading import loading, where_from
 from wpmerge.memory import ran_out_of_memory
 from wpmerge.tasks import TaskSuite, quiet
 from wpmerge.tensorfile import check_finite

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from wpmerge.errors import EvaluationError
+from wpmerge.errors import EvaluationError, reason_of
 
 PUNKT_INSTRUCTIONS = frozenset({"length_constraints:number_sentences", "change_case:capital_word_frequency"})
 """The instruction types whose checkers split text into sentences, and so need nltk's ``punkt_tab``."""
@@ -259,7 +259,7 @@ def _try_checker(checker: Any, given: Mapping[str, Any], prompt: str) -> str | N
         for reply in (_BABBLE, " ".join([_BABBLE, *(text for texts in lists for text in texts)])):
             checker.check_following(reply)
     except Exception as error:  # whatever a checker raises of arguments that it does not expect
-        return f"{all_given} ({type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]})"
+        return f"{all_given} ({reason_of(error)})"
     finally:
         random.setstate(before)
     for key, value in given.items():

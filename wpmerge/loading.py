@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from wpmerge.errors import EvaluationError
+from wpmerge.errors import EvaluationError, reason_of
 from wpmerge.memory import ran_out_of_memory
 
 _OTHER_WEIGHTS = frozenset({"gguf_file", "subfolder", "autogptq", "gptqmodel", "quantization_config"})
@@ -70,12 +70,6 @@ def loading(name: str, model: object, backend: str) -> Iterator[None]:
 def where_from(name: str, model: object) -> str:
     """A model's name and where it lies, for messages."""
     return f"{name}: {model if isinstance(model, str | Path) else 'loaded model'}"
-
-
-def reason_of(error: Exception, *, lines: int = 1) -> str:
-    """An error's kind and the first lines of what it says, in one."""
-    said = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
-    return f"{type(error).__name__}: {' '.join(said[:lines])}"
 
 
 def check_weights(name: str, folder: Path, arguments: Mapping[str, Any]) -> None:

@@ -225,6 +225,17 @@ def _streamed_continuations(
     return replies
 
 
+def run_facts(family: Family, *, device: str) -> dict[str, Any]:
+    """What decides what a family's models say and read, beside weights and prompts: as JSON, for fingerprints."""
+    return {
+        "config": family.base.config,
+        "ends": [sorted(end_tokens(family, name)) for name in ("", *family.experts)],
+        "pad": family.chat.tokenizer.pad_token_id,
+        "device": device,
+        "resident": family.resident,
+    }
+
+
 def end_tokens(family: Family, model: str) -> set[int]:
     """The tokens that end a reply: the tokenizer's, and those of the base's and the model's generation settings."""
     found = {family.chat.tokenizer.eos_token_id}

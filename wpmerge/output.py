@@ -147,19 +147,16 @@ def output_directory(
     box = out.with_name(f".{out.name}.wpmerge")
     _recover(out, box, fingerprint)
     check_output(out, inputs=inputs, overwrite=overwrite)
-    try:
-        with room_is_said(out, total), _locked(out, box):
-            try:
-                staging = _open_box(box, fingerprint)
-                yield staging
-                sync_directory(staging)
-                _put_in_place(staging, out, box, fingerprint)
-            except Exception:
-                _remove(box)
-                raise
+    with room_is_said(out, total), _locked(out, box):
+        try:
+            staging = _open_box(box, fingerprint)
+            yield staging
+            sync_directory(staging)
+            _put_in_place(staging, out, box, fingerprint)
+        except Exception:
             _remove(box)
-    except _Busy:
-        raise OutputError("another run is writing this output", where=out) from None
+            raise
+        _remove(box)
 
 
 @contextlib.contextmanager
@@ -177,18 +174,15 @@ def work_directory(out: Path, *, fingerprint: str) -> Iterator[Path]:
     """
     out = Path(os.path.normpath(out.absolute()))
     work = out.with_name(f".{out.name}.wpmerge-work")
-    try:
-        with room_is_said(out), _locked(out, work):
-            try:
-                yield _open_box(work, fingerprint)
-            except Exception as error:
-                mended = isinstance(error, WpmergeError | OSError | MemoryError)
-                if not mended or not any(path.is_file() for path in (work / "out").rglob("*")):
-                    _remove(work)
-                raise
-            _remove(work)
-    except _Busy:
-        raise OutputError("another run is writing this output", where=out) from None
+    with room_is_said(out), _locked(out, work):
+        try:
+            yield _open_box(work, fingerprint)
+        except Exception as error:
+            mended = isinstance(error, WpmergeError | OSError | MemoryError)
+            if not mended or not any(path.is_file() for path in (work / "out").rglob("*")):
+                _remove(work)
+            raise
+        _remove(work)
 
 
 @contextlib.contextmanager
@@ -261,7 +255,7 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-class _Busy(Exception):
+class _Busy(OutputError):
     """Another process holds the lock."""
 
 
@@ -276,7 +270,7 @@ def _locked(out: Path, box: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _Busy from None
+            raise _Busy("another run is writing this output", where=out) from None
         yield
 
 

@@ -16,7 +16,7 @@ from wpmerge.arch import COARSE_KINDS
 from wpmerge.capability import Capability, load_capability
 from wpmerge.errors import CapabilityError
 from wpmerge.memory import Budget, budget, return_freed_memory
-from wpmerge.models import Family, open_family
+from wpmerge.models import Family, open_family, run_facts
 from wpmerge.output import check_output, check_space, output_directory
 from wpmerge.pieces import Pieces
 from wpmerge.plan import input_model
@@ -219,10 +219,8 @@ def _fingerprint(
         "capabilities": {name: capability.content_hash() for name, capability in capabilities.items()},
         # what tokenizer and chat template make of the prompts, and what no weight shows
         "tokens": [family.chat.prompt_tokens(prompt.prompt) for c in capabilities.values() for prompt in c.prompts],
-        "config": family.base.config,
+        "run": run_facts(family, device=device),
         "settings": repr(settings),
-        "device": device,
-        "resident": family.resident,
         "version": version("wpmerge"),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wpmerge.checkers import is_named, judge_named, try_checkers
-from wpmerge.errors import EvaluationError
+from wpmerge.errors import EvaluationError, reason_of
 from wpmerge.ifeval import check_arguments, read_instructions, require_punkt
 from wpmerge.jsonl import read_objects, require_text
 from wpmerge.judges import gives_answer
@@ -235,8 +235,7 @@ def unreadable(
     return EvaluationError(
         f"the local documents of {name} are not what the task reads",
         where=where,
-        got=f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
-        + ("" if document is None else f"; the document has {', '.join(document)}"),
+        got=reason_of(error) + ("" if document is None else f"; the document has {', '.join(document)}"),
         expected="the fields of the task's own data set",
         mend="name and fill the fields as that data set does",
     )

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from wpmerge.errors import EvaluationError
+from wpmerge.errors import EvaluationError, reason_of
 from wpmerge.ifeval import ensure_punkt, ifeval_checkers, require_punkt
 from wpmerge.taskdata import check_readable, file_hash, local_config, unreadable
 
@@ -259,7 +259,7 @@ def _first_few(names: Sequence[str], most: int = 5) -> str:
 
 def _not_loaded(name: str, error: Exception, files: Mapping[str, Path] | None, *, runs_code: bool) -> EvaluationError:
     """What to say when lm-eval cannot load a task."""
-    reason = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+    reason = reason_of(error)
     if isinstance(error, ImportError):
         return EvaluationError(
             "a task needs a package that is not installed",
