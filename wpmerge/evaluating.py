@@ -476,7 +476,7 @@ def _write(
     overwrite: bool,
 ) -> None:
     """evaluation.json, and lm-eval's results and samples of each model, under the final name when whole."""
-    with output_directory(out, inputs=inputs, overwrite=overwrite) as staging:
+    with output_directory(out, inputs=inputs, overwrite=overwrite) as staging, _disk(out, staging):
         folder = staging / "lm_eval"
         folder.mkdir()
         for name, record in finished.items():
