@@ -63,6 +63,7 @@ def test_proportional_shows_its_sum(scored: tuple[Family, Scores]) -> None:
 
 
 def test_clipping_is_said(scored: tuple[Family, Scores]) -> None:
+    said = set()
     for rule in ("scaled", "proportional", "refine"):
         outcome, found = sentences(
             scored, "head.0.1", rule=rule, granularity="unit", scales=GIVEN, steps=3, batch=6, max_coefficient=0.8
@@ -70,9 +71,12 @@ def test_clipping_is_said(scored: tuple[Family, Scores]) -> None:
         for number, text in enumerate(found.values()):
             value = float(outcome.values[number, group(outcome, "head.0.1")])
             if "clipped to 0.8" in text:
+                said.add("clipped")
                 assert value == pytest.approx(0.8)
             elif "not clipped" in text:
+                said.add("not clipped")
                 assert 0 <= value <= 0.8
+    assert said == {"clipped", "not clipped"}
 
 
 def test_refine_adds_up(scored: tuple[Family, Scores]) -> None:

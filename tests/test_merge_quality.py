@@ -131,7 +131,24 @@ def test_numbers_lie_where_none_was_seen(seen: str) -> None:
             assert not {10, 11, 12}.isdisjoint(numbers), item  # that many groups were never asked about
         else:
             assert numbers[0] > 60, item
-    assert len([first for first in firsts if first > 93]) < len(firsts)
+    assert firsts
+
+
+@pytest.mark.parametrize(
+    ("fresh", "known_as"),
+    [
+        ("left", r"has (\d+) \w+ and gives away"),
+        ("found", r"has (\d+) \w+\. \w+ buys \d+ more"),
+        ("packs", r"has (\d+) \w+\. \w+ buys \d+ bags"),
+        ("drops", r"has (\d+) \w+, loses"),
+    ],
+)
+def test_a_problem_starts_from_more_than_its_kind_was_seen_with(seen: str, fresh: str, known_as: str) -> None:
+    largest = max(int(number) for number in re.findall(known_as, seen))
+    items = [item["prompt"] for item in prompts.smollm2("math", count=COUNT, seed=0) if f" {fresh}" in item["prompt"]]
+    firsts = [int(re.findall(r"\d+", text)[0]) for text in items]
+    assert len(firsts) > 20
+    assert min(firsts) > largest
 
 
 def test_arithmetic_is_right() -> None:

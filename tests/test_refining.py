@@ -15,11 +15,11 @@ from wpmerge.coefficients import make_grouping
 from wpmerge.demo import family_path
 from wpmerge.engine import Engine
 from wpmerge.gradients import Term
-from wpmerge.levels import RefineSettings
+from wpmerge.levels import RefineSettings, make_levels, no_parts
 from wpmerge.memory import Budget
 from wpmerge.models import Family, bounded, open_family
 from wpmerge.readouts import LogProbReadout, ReplyReadout, measure, reply_readout
-from wpmerge.refining import Merging, _Draw, refine
+from wpmerge.refining import Merging, _Draw, _Walk, _weigh_skill, refine
 from wpmerge.retaining import by_expert, hold_back, keep_to_retain_sets
 from wpmerge.rows import pack
 
@@ -294,6 +294,41 @@ def _base_replies(demo: Family, first: int, count: int) -> HeldOutReading:
     sequences = [head + reply for head, reply in zip(heads, replies, strict=True)]
     readout = LogProbReadout(layer=demo.layout.layers - 1, sequences=sequences, starts=[len(head) for head in heads])
     return read_held_out(demo.engine, demo.weights[""], None, readout, pack(sequences))
+
+
+def test_a_ridge_takes_away_its_share_of_what_was_added(demo: Family) -> None:
+    """Two steps without momentum: what the first added counts (1 − ridge · rate) times when the second is added."""
+    case = of_demo(demo, "expert")
+    start = torch.full((3, 1), 0.6, dtype=torch.float64)
+    held_out = readings(demo, 60, 2)
+    plain = RefineSettings(steps=2, batch=4, check=10, momentum=0.0, rate=0.2)
+    walks = []
+    for ridge in (0.0, 0.25):
+        settings = dataclasses.replace(plain, ridge=ridge)
+        levels = make_levels(settings, case.layout, case.grouping, case.norms(), start)
+        walk = _Walk(case, levels, held_out, settings)
+        walk.look(no_parts(levels), 0)
+        halves = torch.tensor([[1.0], [2.0], [-1.0]], dtype=torch.float64)
+        moves = []
+        for number in range(2):
+            before = walk.parts.group.clone()
+            walk.step((halves, halves), [], number)
+            moves.append(walk.parts.group - before)
+        walks.append(moves)
+    (first, second), (ridged_first, ridged_second) = walks
+    assert torch.allclose(ridged_first, first) and first.abs().max() > 0
+    assert torch.allclose(ridged_second, second - 0.25 * 0.1 * first)  # the second of two steps has half the rate
+
+
+def test_a_skill_pulls_by_the_slope_of_its_logarithm_until_it_is_whole() -> None:
+    """By hand: 1 / (gap · (ε + share)), the share at least a twentieth; nothing from the expert's level on."""
+    before = torch.tensor([-4.0, -6.0], dtype=torch.float64)  # mean -5; the expert is at -1: a gap of 4
+    weigh = partial(_weigh_skill, before=before, gap=4.0)
+    half = torch.tensor([-2.0, -4.0])
+    assert weigh(half).tolist() == pytest.approx([1 / (4 * 0.51) / 2] * 2)
+    assert weigh(torch.tensor([-9.0, -9.0])).tolist() == pytest.approx([1 / (4 * 0.06) / 2] * 2)
+    assert weigh(torch.tensor([-1.0, -1.0])).tolist() == [0.0, 0.0]
+    assert _weigh_skill(half, before=before, gap=-1.0).tolist() == [0.0, 0.0]
 
 
 def test_no_steps_give_the_start(demo: Family) -> None:

@@ -133,7 +133,7 @@ def worth(scored: tuple[Family, Scores], outcome: RuleOutcome) -> Standing:
 def test_calibrate_never_does_worse_than_the_defaults_and_says_what_it_chose(
     scored: tuple[Family, Scores], rule: str
 ) -> None:
-    plain = decide(scored, rule=rule, evaluations=4)
+    plain = decide(scored, rule=rule, evaluations=4)  # the common scales, where the search begins
     chosen = decide(scored, rule=rule, evaluations=30, calibrate=True)
     assert plain.standing is not None and chosen.standing is not None
     assert chosen.standing.worth() >= plain.standing.worth() - 1e-9
@@ -146,7 +146,23 @@ def test_calibrate_never_does_worse_than_the_defaults_and_says_what_it_chose(
 def test_calibrate_with_given_scales_moves_only_the_rules_own_numbers(scored: tuple[Family, Scores]) -> None:
     found = decide(scored, rule="joint", scales=GIVEN, calibrate=True, evaluations=8)
     assert found.scales == GIVEN and found.evaluations > 1
-    assert found.settings.mu != 1.0 or found.standing is not None
+    assert found.standing is not None
+    grid = [decide(scored, rule="joint", scales=GIVEN, mu=mu) for mu in (0.1, 1.0, 10.0, 1e3)]
+    assert found.standing.worth() >= max(worth(scored, each).worth() for each in grid) - 1e-4
+
+
+@pytest.mark.parametrize("rule", ["proportional", "select", "joint"])
+def test_calibrate_finds_out_scores_that_mislead(scored: tuple[Family, Scores], rule: str) -> None:
+    """Each expert's best units said to be its worst: no worse than without scores, or than to trust them."""
+    family, scores = scored[0], without_retain_sets(scored[1])
+    wrong = dataclasses.replace(scores, arrays={key: -each for key, each in scores.arrays.items()})
+    settings = FuseSettings(rule=rule, scales=GIVEN, calibrate=True, evaluations=12)  # type: ignore[arg-type]
+    found = coefficients_for(settings, family, wrong)
+    scaled = coefficients_for(FuseSettings(rule="scaled", scales=GIVEN), family, scores)
+    trusted = coefficients_for(FuseSettings(rule=rule, scales=GIVEN), family, wrong)  # type: ignore[arg-type]
+    reached, without, with_them = (utility(worth(scored, each).kept) for each in (found, scaled, trusted))
+    assert reached >= without - 1e-2
+    assert reached >= with_them - 1e-6
 
 
 def test_refine_starts_from_the_scales_and_is_never_worse(scored: tuple[Family, Scores]) -> None:
@@ -177,16 +193,23 @@ def test_retain_sets_are_read_with_the_rest_and_may_be_missing(scored: tuple[Fam
 
 def test_a_tight_tolerance_keeps_joint_from_what_a_retain_set_loses(scored: tuple[Family, Scores]) -> None:
     """At the scales the first-order loss is above the tolerance; joint's prediction keeps to it."""
-    loose = decide(scored, rule="joint", scales=GIVEN, tolerance=1e3)
+    family, scores = scored
+    losing = {key: -each if "/plain/" in key else each for key, each in scores.arrays.items()}
+
+    def joint(tolerance: float) -> RuleOutcome:
+        settings = FuseSettings(rule="joint", scales=GIVEN, tolerance=tolerance)
+        return coefficients_for(settings, family, dataclasses.replace(scores, arrays=losing))
+
+    loose = joint(1e3)
     assert loose.joint is not None
-    limit = max(1e-4, 0.5 * float(loose.joint.lost[0]))
-    tight = decide(scored, rule="joint", scales=GIVEN, tolerance=limit)
+    limit = 0.5 * float(loose.joint.lost[0])
+    tight = joint(limit)
     assert tight.joint is not None
     assert float(tight.joint.lost[0]) <= limit * (1 + 1e-3)
     assert tight.joint.residual < 1e-4 and loose.joint.residual < 1e-4
-    if float(loose.joint.lost[0]) > limit:
-        assert float(tight.joint.prices[0]) > 0
-        assert not torch.allclose(tight.values, loose.values)
+    assert float(loose.joint.lost[0]) > limit, "without a price the set loses more"
+    assert float(tight.joint.prices[0]) > 0
+    assert not torch.allclose(tight.values, loose.values)
 
 
 def test_a_retain_set_that_loses_too_much_is_named(

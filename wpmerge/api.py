@@ -201,7 +201,7 @@ def fuse(
         plan_only: write plan and recipe, and stop before the weights.
         model: where inputs live now, by name, "base" for the base; None where they were.
         power: of proportional: exponent of the recovery, 0 to 4.
-        density: of select: share of all parameters that gets the full scale, 0 to 1.
+        density: of select: share of scored parameters that get the full scale, 0 to 1.
         floor: of select: what the rest gets, as a share of the scale, 0 to 1.
         max_coefficient: largest coefficient, 0 to 10.
         mu: of joint: what leaving the scales costs.

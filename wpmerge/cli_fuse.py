@@ -41,7 +41,8 @@ def fuse(
     model: options.Inputs = None,
     power: Annotated[float, typer.Option(metavar="P", help="Of proportional: exponent of the recovery, 0 to 4.")] = 0.5,
     density: Annotated[
-        float, typer.Option(metavar="RHO", help="Of select: share of all parameters that gets the full scale, 0 to 1.")
+        float,
+        typer.Option(metavar="RHO", help="Of select: share of scored parameters that get the full scale, 0 to 1."),
     ] = 0.2,
     floor: Annotated[
         float, typer.Option(metavar="F", help="Of select: what the rest gets, as a share of the scale, 0 to 1.")

@@ -48,14 +48,15 @@ SCORED: tuple[Rule, ...] = ("proportional", "select", "joint")
 """Rules that turn scores into coefficients; the others need prompts alone."""
 
 OWN_NUMBERS: Mapping[Rule, tuple[Tunable, ...]] = {
-    "proportional": (Tunable(names=("power",), high=4.0, grid=(0.25, 0.5, 1.0)),),
+    "proportional": (Tunable(names=("power",), high=4.0, grid=(0.0, 0.25, 0.5, 1.0)),),
     "select": (
         Tunable(names=("density",), high=1.0, grid=(0.2, 0.5)),
-        Tunable(names=("floor",), high=1.0, grid=(0.3, 0.6)),
+        Tunable(names=("floor",), high=1.0, grid=(0.3, 0.6, 1.0)),
     ),
-    "joint": (Tunable(names=("mu",), low=1e-3, high=1e3, grid=(0.1, 1.0, 10.0), steps=(1.0, 0.5), factor=True),),
+    "joint": (Tunable(names=("mu",), low=1e-3, high=1e3, grid=(0.1, 1.0, 10.0, 1e3), steps=(1.0, 0.5), factor=True),),
 }
-"""A rule's numbers that ``calibrate`` chooses beside the scales."""
+"""A rule's numbers that ``calibrate`` chooses beside the scales. Each grid has the value at which scores count for
+nothing (of ``joint``, for next to nothing), so that scores which mislead can be found out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,19 @@ from wpmerge.bench_controls import shuffled
 from wpmerge.calibration import HeldOutReading, Standing, assess, merged_source, read_held_out
 from wpmerge.coefficients import Rule
 from wpmerge.fusing import FuseSettings, open_scored_family
+from wpmerge.gradients import Term
 from wpmerge.models import Family, continuations
 from wpmerge.output import write_file
 from wpmerge.readings import ScoreSettings
 from wpmerge.readouts import LogProbReadout, ReplyReadout
+from wpmerge.refining import Merging, refine
 from wpmerge.roles import roles_of
 from wpmerge.rows import pack
-from wpmerge.rules import RuleOutcome, coefficients_for
+from wpmerge.rules import SCORED, RuleOutcome, coefficients_for
 from wpmerge.scores import Scores, load_scores
 from wpmerge.scoring import score
-from wpmerge.tuning import scored_readings
+from wpmerge.tuning import held_out_readings, scored_readings
+from wpmerge.weights import WeightSource
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "wpmerge" / "demo_family"
@@ -110,6 +113,94 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 Change = Callable[[Scores], Scores]
 Variant = tuple[FuseSettings, Change]
+FIXED = {"power": 0.5, "density": 0.2, "floor": 0.3, "mu": 1.0}
+"""Numbers at which scores count, whether they help or not; the scales are 0.7."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walk(FuseSettings):
+    """``refine`` otherwise than it is: what its parts bring.
+
+    Attributes:
+        parts: numbers of the steps that ``FuseSettings`` has none for.
+        begin: the rule whose calibrated coefficients are the start; None for the best common scale.
+        agreeing: take a batch's two halves for agreed, as if there were no halves.
+        alike: let all units move alike, however long their task vectors are.
+    """
+
+    parts: Mapping[str, float] = field(default_factory=dict)
+    begin: Rule | None = None
+    agreeing: bool = False
+    alike: bool = False
+
+
+class Otherwise(Merging):
+    """A merging whose halves agree, or whose task vectors are all of one length.
+
+    Attributes:
+        walk: which of these.
+    """
+
+    walk: Walk
+
+    def slopes(self, merged: WeightSource, terms: Sequence[Term]) -> Tensor:
+        """See :meth:`Merging.slopes`."""
+        found = Merging.slopes(self, merged, terms)
+        return found.mean(dim=0).expand_as(found) if self.walk.agreeing else found
+
+    def norms(self) -> Tensor:
+        """See :meth:`Merging.norms`."""
+        found = Merging.norms(self)
+        return (found > 0).double() if self.walk.alike else found
+
+
+def walked(settings: Walk, family: Family, scores: Scores) -> RuleOutcome:
+    """The steps of ``refine`` as a :class:`Walk` says."""
+    plain = {each.name: getattr(settings, each.name) for each in fields(FuseSettings)}
+    begun = FuseSettings(**plain | {"steps": 0})  # the best common scale, no step taken
+    if settings.begin is not None:
+        begun = replace(begun, rule=settings.begin, calibrate=True)
+    start = coefficients_for(begun, family, scores)
+    names = tuple(scores.experts)
+    merging = Otherwise(
+        engine=family.engine,
+        base=family.weights[""],
+        experts={name: family.weights[name] for name in names},
+        grouping=start.grouping,
+    )
+    object.__setattr__(merging, "walk", settings)
+    steps_on, held_out = scored_readings(family, scores, names), held_out_readings(family, scores, names)
+    numbers = replace(settings.refine_settings, **settings.parts)  # type: ignore[arg-type]
+    refined = refine(merging, start.values, steps_on, held_out, numbers)
+    return replace(
+        start,
+        settings=replace(start.settings, rule="refine"),
+        coefficients=merging.per_tensor(refined.coefficients),
+        values=refined.coefficients,
+        standing=refined.standing,
+        evaluations=start.evaluations + len(refined.checks),
+        joint=None,
+        refined=refined,
+        steps=refined.steps(names),
+    )
+
+
+def walks() -> dict[str, Variant]:
+    """Name → ``refine`` with another start, or without one of its parts."""
+    changed = {
+        "from proportional": Walk(begin="proportional"),
+        "from select": Walk(begin="select"),
+        "from joint": Walk(begin="joint"),
+        "no level of experts": Walk(parts={"expert_weight": 0.0}),
+        "no level of blocks": Walk(parts={"block_weight": 0.0}),
+        "no level of units": Walk(parts={"group_weight": 0.0}),
+        "no momentum": Walk(parts={"momentum": 0.0}),
+        "halves agreed": Walk(agreeing=True),
+        "units alike": Walk(alike=True),
+        "half the rate": Walk(parts={"rate": 0.25}),
+        "twice the rate": Walk(parts={"rate": 1.0}),
+    }
+    return {f"refine unit, {name}": (settings, _same) for name, settings in changed.items()}
 
 
 def variants() -> dict[str, Variant]:
@@ -136,6 +227,12 @@ def variants() -> dict[str, Variant]:
     found["select unit, units with a role first"] = (FuseSettings(rule="select", calibrate=True), _roles_first)
     for steps, batch in ((8, 12), (16, 4), (16, 8), (32, 12)):
         found[f"refine unit, {steps} steps of {batch}"] = (FuseSettings(rule="refine", steps=steps, batch=batch), _same)
+    for rule in SCORED:
+        fixed = FuseSettings(rule=rule, scales={"": 0.7}, **FIXED)  # type: ignore[arg-type]
+        found[f"{rule} unit, fixed"] = (fixed, _same)
+        found[f"{rule} unit, fixed, shuffled scores"] = (fixed, _shuffled_scores)
+        found[f"{rule} unit, fixed, necessity scores"] = (fixed, _instead("linear-necessity"))
+    found |= walks()
     found["refine unit, ridge .05"] = (FuseSettings(rule="refine", ridge=0.05), _same)
     for count in (4, 8, 16, 32):
         found[f"refine unit, {count} prompts"] = (FuseSettings(rule="refine"), _first(count))
@@ -325,7 +422,9 @@ def run_seed(
         scores = with_activation(family, scores)
     for name, (settings, change) in wanted.items():
         began = time.monotonic()
-        outcome = coefficients_for(replace(settings, seed=seed), family, change(scores))
+        seeded = replace(settings, seed=seed)
+        decide = walked if isinstance(seeded, Walk) else coefficients_for
+        outcome = decide(seeded, family, change(scores))  # type: ignore[arg-type]
         spent = time.monotonic() - began
         many = {name: outcome.coefficients}
         if name in ("refine unit", "joint unit"):
@@ -351,11 +450,11 @@ def summary(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for name in dict.fromkeys(e["variant"] for e in entries):
         own = [e for e in entries if e["variant"] == name]
         found[name] = {"seeds": [e["seed"] for e in own]}
-        for field in ("mean", "minimum"):
-            values = [e[field] for e in own]
-            over = [e[field] - seeds["scaled", e["seed"]][field] for e in own if ("scaled", e["seed"]) in seeds]
-            found[name][field] = _spread(values)
-            found[name][f"{field} over scaled"] = _spread(over) if over else None
+        for kept in ("mean", "minimum"):
+            values = [e[kept] for e in own]
+            over = [e[kept] - seeds["scaled", e["seed"]][kept] for e in own if ("scaled", e["seed"]) in seeds]
+            found[name][kept] = _spread(values)
+            found[name][f"{kept} over scaled"] = _spread(over) if over else None
         if own[0]["lost"]:
             found[name]["lost"] = _spread([value for e in own for value in e["lost"].values()])
     return found

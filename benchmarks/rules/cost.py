@@ -2,9 +2,10 @@
 
     python -m benchmarks.rules.cost [--rounds 3] [--out FILE]
 
-On the family that comes with the package, at unit granularity. One quantity is varied at a time; every point is the CPU
-time of four steps, the least of the rounds. The last line is JSON: per sweep the points, the straight line fitted to
-them, and the largest distance of a point from it, as a share of the line there.
+On the family that comes with the package, at unit granularity. One quantity is varied at a time, experts as one expert
+and its prompts under up to six names, so that each adds the same. Every point is the CPU time of four steps, the least
+of the rounds. The last line is JSON: per sweep the points, the straight line fitted to them, and the largest distance
+of a point from it, as a share of the line there.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from wpmerge.rows import pack
 
 STEPS = 4
 PROMPTS = (6, 12, 24, 48)
+EXPERTS = (1, 2, 3, 4, 6)
 
 
 def readings(family: Family, prompts: dict[str, Path], first: int, count: int) -> dict[str, HeldOutReading]:
@@ -52,22 +54,28 @@ def main() -> None:
     files = {name: path / "prompts" / f"{name}.jsonl" for name in names}
     many, held_out = readings(family, files, 0, max(PROMPTS)), readings(family, files, max(PROMPTS), 2)
 
-    def steps(experts: int, prompts: int) -> None:
-        chosen = names[:experts]
+    def steps(chosen: list[str], prompts: int) -> None:
+        copies = {f"{name} {number}": name for number, name in enumerate(chosen)}
         merging = Merging(
             engine=family.engine,
             base=family.weights[""],
-            experts={name: family.weights[name] for name in chosen},
+            experts={copy: family.weights[name] for copy, name in copies.items()},
             grouping=make_grouping(family.layout, "unit"),
         )
-        start = torch.full((experts, len(merging.grouping.names)), 0.7, dtype=torch.float64)
+        start = torch.full((len(copies), len(merging.grouping.names)), 0.7 / len(copies), dtype=torch.float64)
         settings = RefineSettings(steps=STEPS, batch=prompts, check=10_000)
-        refine(merging, start, {n: many[n] for n in chosen}, {n: held_out[n] for n in chosen}, settings)
+        refine(
+            merging,
+            start,
+            {copy: many[name] for copy, name in copies.items()},
+            {copy: held_out[name] for copy, name in copies.items()},
+            settings,
+        )
 
     result = {
         "benchmark": "rules/cost",
-        "experts": fitted([1, 2, 3], [seconds(lambda n=n: steps(n, 24), args.rounds) for n in (1, 2, 3)]),  # type: ignore[misc]
-        "prompts": fitted(PROMPTS, [seconds(lambda n=n: steps(3, n), args.rounds) for n in PROMPTS]),  # type: ignore[misc]
+        "experts": fitted(EXPERTS, [seconds(lambda n=n: steps(names[:1] * n, 24), args.rounds) for n in EXPERTS]),  # type: ignore[misc]
+        "prompts": fitted(PROMPTS, [seconds(lambda n=n: steps(names, n), args.rounds) for n in PROMPTS]),  # type: ignore[misc]
         **conditions(threads=torch.get_num_threads(), steps=STEPS),
     }
     line = json.dumps(result)
