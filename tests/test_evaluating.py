@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import importlib
 import json
 import math
 import re
@@ -579,6 +580,90 @@ def test_other_backends_are_given_the_dtype(
     result = run({"m": "owner/name"}, None, data, settings=settings)
     assert found == [{"pretrained": "owner/name", **passed}]
     assert result.settings["dtype"] == dtype
+
+
+def test_code_is_judged_and_gives_retention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval's HumanEval, documents local; in the place of the judge that it downloads, one that wants "MY"."""
+
+    class Judge:
+        def compute(self, *, references: list[str], predictions: list[list[str]], k: list[int]) -> Any:
+            right = ["MY" in reply for replies in predictions for reply in replies]
+            return {f"pass@{each}": sum(right) / len(right) for each in k}, {}
+
+    monkeypatch.setattr("evaluate.load", lambda name: {"code_eval": Judge()}[name])
+    row = {"task_id": "0", "prompt": "def f():", "test": "def check(g): pass", "entry_point": "f"}
+    file = tmp_path / "h.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    options: dict[str, Any] = {
+        "tasks": ["humaneval_instruct"],
+        "base": "base",
+        "settings": replace(SETTINGS, unsafe_code=True),
+    }
+    shouting, tokenizer = pair(SHOUT)
+    first, unknown = tokenizer.convert_tokens_to_ids(["THIS", "<unk>"])  # the task begins the answer, in other words
+    with torch.no_grad():
+        shouting.lm_head.weight[first, unknown] = 1
+    models = {"base": pair(MURMUR), "code": (shouting, tokenizer), "merge": (shouting, tokenizer)}
+    skill = {"code": Skill(expert="code", metric="humaneval_instruct/pass@1,create_test")}
+    found = run(models, tmp_path / "out", {"humaneval_instruct": file}, skills=skill, **options)
+    assert [each.scores[skill["code"].metric].value for each in found.models.values()] == [0.0, 1.0, 1.0]
+    kept = found.retention()["merge"]
+    assert kept.minimum.value == 1.0
+    wrong = {"code": Skill(expert="code", metric="humaneval_instruct/pass_at_k")}
+    with pytest.raises(EvaluationError, match=r"pass_at_k(.|\n)*pass@1,create_test"):
+        run(models, tmp_path / "other", {"humaneval_instruct": file}, skills=wrong, **options)
+
+
+def test_a_chat_server_is_sent_messages(monkeypatch: pytest.MonkeyPatch, data: dict[str, Path]) -> None:
+    """Its template is its own: on unless refused, and not known here."""
+    from lm_eval.models.dummy import DummyLM
+
+    asked: list[Any] = []
+
+    class Backend(DummyLM):
+        tokenizer = None
+        tokenizer_name = "server"
+
+        def __init__(self, **_: Any) -> None:
+            super().__init__()
+
+        def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
+            asked.append(chat_history)
+            return json.dumps(chat_history)
+
+        def chat_template(self, chat_template: Any = False) -> str:
+            return ""
+
+    monkeypatch.setattr("lm_eval.api.registry.get_model", lambda name: Backend)
+    for backend, wanted, sent in (
+        ("x-chat-completions", None, True),
+        ("x-chat-completions", True, True),
+        ("x-chat-completions", False, False),
+        ("x-completions", None, False),
+    ):
+        asked.clear()
+        result = run({"m": "owner/name"}, None, data, settings=replace(SETTINGS, backend=backend, chat_template=wanted))
+        assert bool(asked) is sent, (backend, wanted)
+        assert result.models["m"].chat_template is None
+    with pytest.raises(EvaluationError, match="has none"):
+        run({"m": "owner/name"}, None, data, settings=replace(SETTINGS, backend="x-completions", chat_template=True))
+
+
+@pytest.mark.parametrize(("seed", "examples"), [(None, 1234), (0, 0), (7, 7)])
+def test_draws_are_lm_evals_own_unless_a_seed_is_given(
+    monkeypatch: pytest.MonkeyPatch, data: dict[str, Path], seed: int | None, examples: int
+) -> None:
+    seeds: list[dict[str, int]] = []
+    simple = importlib.import_module("lm_eval.evaluator").simple_evaluate
+
+    def spied(*args: Any, **kwargs: Any) -> Any:
+        found = simple(*args, **kwargs)
+        seeds.append({name: found["config"][name] for name in ("random_seed", "fewshot_seed")})
+        return found
+
+    monkeypatch.setattr("lm_eval.evaluator.simple_evaluate", spied)
+    run({"m": pair(PLAIN)}, None, data, settings=replace(SETTINGS, seed=seed))
+    assert seeds == [{"random_seed": seed or 0, "fewshot_seed": examples}]
 
 
 @pytest.mark.parametrize("by_size", [True, False])

@@ -11,7 +11,7 @@ from wpmerge.checkers import read_checkers, registered
 from wpmerge.errors import EvaluationError
 from wpmerge.ifeval import PUNKT_INSTRUCTIONS, ensure_punkt
 from wpmerge.taskdata import judge_answer
-from wpmerge.tasks import _members, _task_manager, expand_presets, instruct_alone, load_tasks, quiet
+from wpmerge.tasks import PRESETS, _members, _task_manager, expand_presets, instruct_alone, load_tasks, quiet
 
 OFFICIAL = Path(__file__).parents[2] / "shared" / "data" / "ifeval.jsonl"
 
@@ -156,7 +156,8 @@ def test_answers_are_judged_by_type(answer: Any, response: str, right: bool) -> 
 def test_presets() -> None:
     assert expand_presets(["ifeval", "ifeval"]) == ("ifeval",)
     assert expand_presets(["instruct"], ["mine"]) == ("ifeval", "mine")
-    assert set(expand_presets(["full"])) == {"ifeval", "gsm8k", "hendrycks_math", "humaneval", "mbpp", "mmlu"}
+    known = _task_manager(["mmlu"], []).task_index
+    assert all(each in known for names in PRESETS.values() for each in names)
     assert [instruct_alone(["instruct"], each) for each in ([], ["ifeval"], ["ifeval", "mine"])] == [True, True, False]
     assert not instruct_alone(["ifeval"], [])
     with pytest.raises(EvaluationError, match="no task"):
@@ -271,9 +272,12 @@ def test_a_field_that_only_the_judge_reads_is_missed_before_the_run(tmp_path: Pa
         load_tasks(["leaderboard_ifeval"], task_data=data)
 
 
-def test_code_is_not_run_without_consent() -> None:
-    with pytest.raises(EvaluationError, match=r"runs code(.|\n)*humaneval(.|\n)*--confirm-unsafe-code"):
-        load_tasks(["humaneval"])
+@pytest.mark.parametrize("task", ["humaneval", "humaneval_instruct", "mbpp_instruct", "full"])
+def test_code_is_not_run_without_consent(task: str) -> None:
+    asked = [each for each in expand_presets([task]) if "humaneval" in each or "mbpp" in each]
+    for name in asked:
+        with pytest.raises(EvaluationError, match=rf"runs code(.|\n)*{name}(.|\n)*--confirm-unsafe-code"):
+            load_tasks([name])
 
 
 @pytest.mark.parametrize(

@@ -381,7 +381,7 @@ def evaluate(
     device: str | None = None,
     dtype: str = "auto",
     chat_template: bool | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     confirm_unsafe_code: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -409,7 +409,7 @@ def evaluate(
         device: where models run; None takes cuda where there is a GPU, else cpu.
         dtype: of the weights while they run; "auto" is the checkpoint's.
         chat_template: put prompts through the tokenizer's chat template; None where it has one.
-        seed: of everything that lm-eval draws, in [0, 2³²).
+        seed: of everything that lm-eval draws, in [0, 2³²); None is lm-eval's own.
         confirm_unsafe_code: let tasks run code that a model wrote, on this machine.
         overwrite: replace an evaluation that is already there.
         trust_remote_code: accept checkpoints that bring code of their own.

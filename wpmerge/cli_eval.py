@@ -100,7 +100,9 @@ def evaluate(
             help="Put prompts through the tokenizer's chat template, or not. Default: where it has one.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of everything that lm-eval draws.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Of everything that lm-eval draws. Default: lm-eval's own.")
+    ] = None,
     confirm_unsafe_code: options.ConfirmUnsafeCode = False,
     overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,

@@ -118,7 +118,7 @@ def evaluate(
     own = [each.fingerprint() for each in checkers]
     with registered(checkers), _work_folder(out) as work, _disk(out, work):
         suite = load_tasks(tasks, task_data=task_data, unsafe_code=settings.unsafe_code)
-        _check_skills(skills, suite)
+        check_skills(skills, suite)
         data_hash = {name: _documents_hash(task) for name, task in suite.leaves.items()}
         judged = {"data": data_hash, **({"checkers": own} if own else {})}
         if out is not None:
@@ -239,7 +239,7 @@ def _check_names(
             raise EvaluationError("no such model in the evaluation", got=name, expected=", ".join(models))
 
 
-def _check_skills(skills: Mapping[str, Skill], suite: TaskSuite) -> None:
+def check_skills(skills: Mapping[str, Skill], suite: TaskSuite) -> None:
     """Refuse a skill of a task that is not evaluated, or of a metric that it has not, before any model is run."""
     metrics = _metrics(suite)
     for skill in skills.values():
@@ -260,13 +260,24 @@ def _check_skills(skills: Mapping[str, Skill], suite: TaskSuite) -> None:
 
 
 def _metrics(suite: TaskSuite) -> dict[str, list[str]]:
-    """Task or group → its metrics as an evaluation names them, as far as lm-eval's task declares any."""
-    found = {name: _metric_names(name, task.aggregation(), _filters(task)) for name, task in suite.leaves.items()}
+    """Task or group → its metrics as an evaluation names them, as far as lm-eval's task declares any.
+
+    A metric that is a function, HumanEval's and MBPP's, names its numbers only when it is run: nothing is known then.
+    """
+    open_ended = {name for name, task in suite.leaves.items() if _judged_by_function(task)}
+    found = {
+        name: [] if name in open_ended else _metric_names(name, task.aggregation(), _filters(task))
+        for name, task in suite.leaves.items()
+    }
     for name, group in suite.groups.items():
         aggregated = [each.metric for each in group.aggregate_metric_list or ()]
         filters = [each for task in group.get_all_tasks() for each in _filters(task)]
         found[name] = _metric_names(name, aggregated, filters)
     return found
+
+
+def _judged_by_function(task: Any) -> bool:
+    return any(callable(each.get("metric")) for each in getattr(task.config, "metric_list", None) or ())
 
 
 def _metric_names(task: str, metrics: Iterable[str], filters: Sequence[str]) -> list[str]:

@@ -52,6 +52,7 @@ class InMemory:
 _REQUESTS = ("generate_until", "loglikelihood", "loglikelihood_rolling")
 _DEFAULT_NEW_TOKENS = 256  # lm-eval's own, where a task names none
 _SEEDS = 2**32  # numpy takes no others
+_SEEDED = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 _SET_ELSEWHERE: Mapping[str, str] = {
     "pretrained": "name the model itself, as NAME=PATH",
     "batch_size": "use --batch-size",
@@ -73,8 +74,9 @@ class HarnessSettings:
         device: torch device for models read from disk; None is CUDA where there is one, else the CPU.
         dtype: weights' dtype for models read from disk, the backend's argument ``dtype``; ``auto`` is the checkpoint's
             for ``hf``, and for other backends their own default.
-        chat_template: None uses the tokenizer's template where it has one.
-        seed: of everything that lm-eval draws, in [0, 2³²).
+        chat_template: None uses the tokenizer's template where it has one, and leaves it to the server under lm-eval's
+            chat-completions backends.
+        seed: of everything that lm-eval draws, in [0, 2³²); None is lm-eval's own: 0 for Python, 1234 for the rest.
         unsafe_code: tasks may run code that the model wrote.
 
     Raises:
@@ -89,7 +91,7 @@ class HarnessSettings:
     device: str | None = None
     dtype: str = "auto"
     chat_template: bool | None = None
-    seed: int = 0
+    seed: int | None = None
     unsafe_code: bool = False
 
     def __post_init__(self) -> None:
@@ -100,7 +102,7 @@ class HarnessSettings:
                 expected="an argument that no option sets",
                 mend=_SET_ELSEWHERE[taken[0]],
             )
-        if not isinstance(self.seed, int) or not 0 <= self.seed < _SEEDS:
+        if self.seed is not None and (not isinstance(self.seed, int) or not 0 <= self.seed < _SEEDS):
             raise EvaluationError(
                 "seed is out of range", got=repr(self.seed), expected=f"a whole number from 0 to {_SEEDS - 1}"
             )
@@ -113,7 +115,7 @@ class ModelRun:
     Attributes:
         results: lm-eval's results, without samples.
         samples: task to lm-eval's log of each document.
-        chat_template: SHA-256 of the template that was applied; None when none was.
+        chat_template: SHA-256 of the template that was applied; None when none was, or the server's.
         batch_size: the one that fitted.
         truncated: prompts cut from the left to leave room for the response.
     """
@@ -157,7 +159,8 @@ def run_model(
         if progress is not None:
             _count_requests(lm, progress)
         template = _template(lm) if settings.chat_template is not False else None
-        if template is None and settings.chat_template:
+        served = template is None and settings.chat_template is not False and _templates_at_server(settings)
+        if template is None and settings.chat_template and not served:
             raise EvaluationError(
                 "a chat template is asked for, and the tokenizer has none", where=name, mend="leave the option out"
             )
@@ -165,7 +168,7 @@ def run_model(
             _try_template(where_from(name, model), lm, settings)
         cached = _caching(lm, cache, progress)
         try:
-            results = _run_halving(name, lm, cached, suite, settings, template is not None, say)
+            results = _run_halving(name, lm, cached, suite, settings, template is not None or served, say)
         finally:
             cached.dbdict.close()
         samples = results.pop("samples")
@@ -318,6 +321,12 @@ def _template(lm: Any) -> str | None:
     return template or None
 
 
+def _templates_at_server(settings: HarnessSettings) -> bool:
+    """Whether a backend sends messages, as lm-eval's chat-completions backends do: the server puts them through its
+    template, which is not known here."""
+    return settings.backend.endswith("chat-completions")
+
+
 def _try_template(where: str, lm: Any, settings: HarnessSettings) -> None:
     """Apply the chat template once, before any request, and see to it that one that fails later is named too.
 
@@ -462,10 +471,7 @@ def _simple_evaluate(lm: Any, suite: TaskSuite, settings: HarnessSettings, chat:
         gen_kwargs=generation,
         log_samples=True,
         bootstrap_iters=1000,
-        random_seed=settings.seed,
-        numpy_random_seed=settings.seed,
-        torch_random_seed=settings.seed,
-        fewshot_random_seed=settings.seed,
+        **({} if settings.seed is None else dict.fromkeys(_SEEDED, settings.seed)),
         confirm_run_unsafe_code=settings.unsafe_code,
     )
     return results

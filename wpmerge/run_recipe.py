@@ -154,8 +154,8 @@ class Judging(_Section):
     """Of the weights while they run; auto is the checkpoint's."""
     chat_template: bool | None = None
     """Put prompts through the tokenizer's chat template; none where it has one."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of everything that lm-eval draws."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    """Of everything that lm-eval draws; none for lm-eval's own."""
 
 
 class RunRecipe(_Section):

@@ -14,6 +14,8 @@ from wpmerge.capability import Capability, load_capability
 from wpmerge.console import Report
 from wpmerge.directory import locate
 from wpmerge.errors import RecipeError
+from wpmerge.evaluating import check_skills
+from wpmerge.evaluation import Skill
 from wpmerge.plan import BASE
 from wpmerge.report import write_report
 from wpmerge.report_inputs import read_material
@@ -311,8 +313,11 @@ def _check_judging(judging: Judging, recipe: RunRecipe) -> None:
 
 
 def _check_tasks(judging: Judging, unsafe_code: bool) -> None:
-    """Refuse tasks that there are none of, and whose documents are not to be had, before hours of scoring."""
-    load_tasks(api.task_names(judging.tasks), task_data=api.task_files(_task_data(judging)), unsafe_code=unsafe_code)
+    """Refuse tasks that there are none of, whose documents are not to be had, and metrics that are none of theirs,
+    before hours of scoring."""
+    files = api.task_files(_task_data(judging))
+    suite = load_tasks(api.task_names(judging.tasks), task_data=files, unsafe_code=unsafe_code)
+    check_skills({name: Skill(expert=name, metric=metric) for name, metric in judging.skill.items()}, suite)
 
 
 def _document_files(judging: Judging) -> Iterator[tuple[str, str, Path]]:

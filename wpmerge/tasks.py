@@ -26,9 +26,10 @@ from wpmerge.taskdata import check_readable, file_hash, local_config, unreadable
 PRESETS: Mapping[str, tuple[str, ...]] = {
     "ifeval": ("ifeval",),
     "instruct": ("ifeval",),  # and every local file given with it
-    "full": ("ifeval", "gsm8k", "hendrycks_math", "humaneval", "mbpp", "mmlu"),
+    "full": ("ifeval", "gsm8k", "minerva_math", "humaneval_instruct", "mbpp_instruct", "mmlu"),
 }
-"""Preset name to lm-eval task names; ``instruct`` adds the tasks that local files make."""
+"""Preset name to lm-eval task names; ``instruct`` adds the tasks that local files make. Of MATH, HumanEval and MBPP
+those forms that a chat model's answer can be read from: the plain ones may score 0 where it talks around it."""
 
 TaskData: TypeAlias = Path | Mapping[str, Path]
 """A JSONL file for the split that is evaluated, or a file for each split the task reads."""
