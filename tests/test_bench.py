@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from families import WORDS
 from test_fusing import Disk, make_disk
 from typer.testing import CliRunner
@@ -286,6 +287,31 @@ def test_a_directory_that_a_kill_left_without_its_identity_is_taken(
     (tmp_path / "out" / "lock").touch()
     run(disk, files, tmp_path / "out", strategies=("karcher",), seeds=(0,))
     assert lines(tmp_path / "out")
+
+
+@pytest.mark.parametrize("part", ["wpmerge.replies._batch", "wpmerge.calibration.final_states"])
+def test_memory_that_runs_out_is_one_error_and_nothing_is_lost(
+    disk: Disk, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """Where a single prompt does not fit, while a strategy is tuned or tested: what is finished stays."""
+    from wpmerge.cli import app
+
+    def greedy(*_: Any, **__: Any) -> Any:
+        return torch.empty(1 << 60)
+
+    tests = [f"--test={name}={files[name]}" for name in ("a", "b")]
+    out = tmp_path / "out"
+    command = ["bench", str(disk.scores), f"--out={out}", *tests, "--quick", "--evaluations=2", "--max-new-tokens=4"]
+    assert CliRunner().invoke(app, [*command, "--strategy=karcher"]).exit_code == 0
+    before = lines(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(part, greedy)
+        result = CliRunner().invoke(app, [*command, "--strategy=uniform"])
+    assert result.exit_code == 2
+    assert "error: memory ran out" in result.stderr and "Traceback" not in result.output
+    assert lines(out) == before
+    assert CliRunner().invoke(app, [*command, "--strategy=uniform"]).exit_code == 0
+    assert len(lines(out)) == len(before) + 1
 
 
 def test_the_command(disk: Disk, files: dict[str, Path], tmp_path: Path) -> None:
