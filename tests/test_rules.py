@@ -191,6 +191,16 @@ def test_retain_sets_are_read_with_the_rest_and_may_be_missing(scored: tuple[Fam
         assert found.standing is not None and found.standing.lost == {}
 
 
+def test_scales_are_searched_within_what_a_retain_set_may_lose(scored: tuple[Family, Scores]) -> None:
+    family, scores = scored
+    settings = FuseSettings(rule="scaled", evaluations=16)
+    free = worth(scored, coefficients_for(settings, family, without_retain_sets(scores)))
+    kept = decide(scored, rule="scaled", evaluations=16).standing
+    assert kept is not None
+    assert kept.lost["plain"] < free.lost["plain"]
+    assert utility(free.kept) >= utility(kept.kept)
+
+
 def test_a_tight_tolerance_keeps_joint_from_what_a_retain_set_loses(scored: tuple[Family, Scores]) -> None:
     """At the scales the first-order loss is above the tolerance; joint's prediction keeps to it."""
     family, scores = scored
