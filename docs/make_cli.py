@@ -32,9 +32,9 @@ EVAL = """### Presets of `--tasks`
 
 `instruct` without a local file for another task than `ifeval` is IFEval alone, and says so. `humaneval_instruct` and
 `mbpp_instruct` run code that a model wrote, and ask for `--confirm-unsafe-code`; `minerva_math` needs
-`pip install "lm-eval[math]"`. Of MATH, HumanEval and MBPP these are the forms for chat models; for models without a
-chat template there are `hendrycks_math`, `humaneval` and `mbpp`. A task without `--task-data` takes its data set from
-the hub, or from the hub's cache.
+`pip install "lm-eval[math]"`. Of HumanEval and MBPP these are the forms for chat models, and of MATH the one whose
+answer is parsed; for models without a chat template there are `humaneval` and `mbpp`. A task without `--task-data`
+takes its data set from the hub, or from the hub's cache.
 
 ### Local documents
 

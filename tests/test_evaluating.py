@@ -7,7 +7,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -582,6 +583,18 @@ def test_other_backends_are_given_the_dtype(
     assert result.settings["dtype"] == dtype
 
 
+@pytest.fixture
+def fresh_humaneval() -> Iterator[None]:
+    """lm-eval keeps the task's functions, and the judge that they loaded."""
+    name = "lm_eval.tasks.humaneval.utils"
+    before = sys.modules.pop(name, None)
+    yield
+    sys.modules.pop(name, None)
+    if before is not None:
+        sys.modules[name] = before
+
+
+@pytest.mark.usefixtures("fresh_humaneval")
 def test_code_is_judged_and_gives_retention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """lm-eval's HumanEval, documents local; in the place of the judge that it downloads, one that wants "MY"."""
 
@@ -610,12 +623,13 @@ def test_code_is_judged_and_gives_retention(tmp_path: Path, monkeypatch: pytest.
     kept = found.retention()["merge"]
     assert kept.minimum.value == 1.0
     wrong = {"code": Skill(expert="code", metric="humaneval_instruct/pass_at_k")}
+    models["base"] = lambda: pytest.fail("no model is opened")
     with pytest.raises(EvaluationError, match=r"pass_at_k(.|\n)*pass@1,create_test"):
         run(models, tmp_path / "other", {"humaneval_instruct": file}, skills=wrong, **options)
 
 
 def test_a_chat_server_is_sent_messages(monkeypatch: pytest.MonkeyPatch, data: dict[str, Path]) -> None:
-    """Its template is its own: on unless refused, and not known here."""
+    """Its template is its own: always on, and not known here."""
     from lm_eval.models.dummy import DummyLM
 
     asked: list[Any] = []
@@ -638,13 +652,15 @@ def test_a_chat_server_is_sent_messages(monkeypatch: pytest.MonkeyPatch, data: d
     for backend, wanted, sent in (
         ("x-chat-completions", None, True),
         ("x-chat-completions", True, True),
-        ("x-chat-completions", False, False),
+        ("litellm", None, True),
         ("x-completions", None, False),
     ):
         asked.clear()
         result = run({"m": "owner/name"}, None, data, settings=replace(SETTINGS, backend=backend, chat_template=wanted))
         assert bool(asked) is sent, (backend, wanted)
-        assert result.models["m"].chat_template is None
+        assert result.models["m"].chat_template == ("server" if sent else None)
+    with pytest.raises(EvaluationError, match=r"its template(.|\n)*--no-chat-template"):
+        run({"m": "owner/name"}, None, data, settings=replace(SETTINGS, backend="litellm", chat_template=False))
     with pytest.raises(EvaluationError, match="has none"):
         run({"m": "owner/name"}, None, data, settings=replace(SETTINGS, backend="x-completions", chat_template=True))
 

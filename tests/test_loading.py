@@ -1,5 +1,6 @@
 """Whole checkpoints of several kinds pass, holes and wrong shapes do not, and errors say what they are."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -8,9 +9,8 @@ import torch
 from families import write_family
 from safetensors.torch import load_file, save_file
 
-from wpmerge.errors import EvaluationError
+from wpmerge.errors import EvaluationError, ran_out_of_memory
 from wpmerge.loading import check_weights, loading
-from wpmerge.memory import ran_out_of_memory
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_neox"])
@@ -86,6 +86,10 @@ def test_other_tensors_that_a_model_has_not_are_left_alone(tmp_path: Path) -> No
 def test_memory_errors_are_told_from_others() -> None:
     assert ran_out_of_memory(torch.OutOfMemoryError("x")) and ran_out_of_memory(MemoryError())
     assert ran_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    assert ran_out_of_memory(caught.value) and ran_out_of_memory(OSError(errno.ENOMEM, "x"))
+    assert not ran_out_of_memory(RuntimeError(5)) and not ran_out_of_memory(OSError(errno.ENOSPC, "x"))
     assert not ran_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 

@@ -6,6 +6,7 @@ import sys
 import threading
 
 import pytest
+import torch
 
 from wpmerge.errors import CheckpointError, OutputError
 from wpmerge.output import check_output, check_space, mark, output_directory, work_directory, write_file
@@ -46,6 +47,16 @@ def test_an_exception_leaves_nothing(tmp_path):
         fill(directory)
         1 / 0  # noqa: B018
     assert names(tmp_path) == []
+
+
+def test_memory_that_runs_out_leaves_what_is_finished(tmp_path):
+    for begin in (output_directory, work_directory):
+        with pytest.raises(RuntimeError), begin(tmp_path / "out", fingerprint="same") as directory:
+            fill(directory, "first")
+            torch.empty(1 << 60)
+        with begin(tmp_path / "out", fingerprint="same") as directory:
+            assert (directory / "merge.json").read_text() == "first"
+    assert names(tmp_path) == ["out"]
 
 
 def test_parents_are_made(tmp_path):

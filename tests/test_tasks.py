@@ -1,6 +1,7 @@
 """Local documents, presets, and every refusal, with lm-eval's real task loader and no network."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,7 @@ def test_without_the_judge_of_code_the_task_is_refused(tmp_path: Path, monkeypat
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)
     monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path)
+    monkeypatch.delitem(sys.modules, "lm_eval.tasks.humaneval.utils", raising=False)  # would not be loaded again
     rows = write(tmp_path / "h.jsonl", [{"prompt": "def f():", "test": "", "entry_point": "f"}])
     for data in ({"humaneval": rows}, {}):
         with pytest.raises(EvaluationError, match=r"program that judges code(.|\n)*humaneval(.|\n)*network"):
@@ -275,6 +277,7 @@ def test_a_field_that_only_the_judge_reads_is_missed_before_the_run(tmp_path: Pa
 @pytest.mark.parametrize("task", ["humaneval", "humaneval_instruct", "mbpp_instruct", "full"])
 def test_code_is_not_run_without_consent(task: str) -> None:
     asked = [each for each in expand_presets([task]) if "humaneval" in each or "mbpp" in each]
+    assert asked
     for name in asked:
         with pytest.raises(EvaluationError, match=rf"runs code(.|\n)*{name}(.|\n)*--confirm-unsafe-code"):
             load_tasks([name])

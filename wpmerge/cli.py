@@ -16,7 +16,7 @@ from wpmerge.cli_merge import merge, verify
 from wpmerge.cli_prove import prove
 from wpmerge.cli_report import report
 from wpmerge.cli_run import run
-from wpmerge.errors import WpmergeError, reason_of
+from wpmerge.errors import WpmergeError, ran_out_of_memory, reason_of
 
 READOUTS = ("reference", "anchor", "divergence", "auto")
 KINDS = ("head", "neuron", "kv_group", "norm", "output_bias", "embedding", "positions", "final_norm", "lm_head")
@@ -24,16 +24,6 @@ COARSE_KINDS = ("attention", "mlp", "layer", "tensor")
 ESTIMATORS = ("linear", "integrated", "exact")
 DIRECTIONS = ("sufficiency", "necessity")
 VOCABULARIES = ("base",)
-
-
-def _ran_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError):
-        return True
-    if not isinstance(error, RuntimeError):  # what torch raises, on every device
-        return False
-    from wpmerge.memory import ran_out_of_memory
-
-    return ran_out_of_memory(error)
 
 
 def _no_memory(error: Exception) -> WpmergeError:
@@ -57,7 +47,7 @@ class _Commands(TyperGroup):
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
-            if not _ran_out_of_memory(error):
+            if not ran_out_of_memory(error):
                 raise
             console.say(f"error: {_no_memory(error)}")
             raise typer.Exit(2) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -56,6 +57,19 @@ class OutputError(WpmergeError):
 
 class EvaluationError(WpmergeError):
     """A task or its data is not at hand, or a model cannot be evaluated."""
+
+
+_NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What torch says of it, on CUDA, MPS and XPU, on the CPU of Linux and macOS, and of Windows."""
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on any device. Asks no torch, which may not have been imported."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in _NO_MEMORY)
 
 
 def reason_of(error: BaseException, *, lines: int = 1) -> str:

@@ -260,15 +260,8 @@ def check_skills(skills: Mapping[str, Skill], suite: TaskSuite) -> None:
 
 
 def _metrics(suite: TaskSuite) -> dict[str, list[str]]:
-    """Task or group → its metrics as an evaluation names them, as far as lm-eval's task declares any.
-
-    A metric that is a function, HumanEval's and MBPP's, names its numbers only when it is run: nothing is known then.
-    """
-    open_ended = {name for name, task in suite.leaves.items() if _judged_by_function(task)}
-    found = {
-        name: [] if name in open_ended else _metric_names(name, task.aggregation(), _filters(task))
-        for name, task in suite.leaves.items()
-    }
+    """Task or group → its metrics as an evaluation names them, as far as lm-eval's task declares any."""
+    found = {name: _metric_names(name, _declared(task), _filters(task)) for name, task in suite.leaves.items()}
     for name, group in suite.groups.items():
         aggregated = [each.metric for each in group.aggregate_metric_list or ()]
         filters = [each for task in group.get_all_tasks() for each in _filters(task)]
@@ -276,8 +269,14 @@ def _metrics(suite: TaskSuite) -> dict[str, list[str]]:
     return found
 
 
-def _judged_by_function(task: Any) -> bool:
-    return any(callable(each.get("metric")) for each in getattr(task.config, "metric_list", None) or ())
+def _declared(task: Any) -> list[str]:
+    """A task's metrics: of HumanEval's function, which gives pass@k for each k that it is given, these."""
+    names = list(task.aggregation())
+    for each in getattr(task.config, "metric_list", None) or ():
+        if callable(each.get("metric")) and "k" in each:
+            ks = each["k"] if isinstance(each["k"], list) else [each["k"]]
+            names = [name for name in names if name != each["metric"].__name__] + [f"pass@{k}" for k in ks]
+    return names
 
 
 def _metric_names(task: str, metrics: Iterable[str], filters: Sequence[str]) -> list[str]:

@@ -84,7 +84,7 @@ class ModelResult:
 
     Attributes:
         source: where it came from.
-        chat_template: SHA-256 of the applied template; None when none was.
+        chat_template: SHA-256 of the applied template, or "server" for a chat server's own; None when none was.
         batch_size: the one that fitted.
         truncated: prompts cut from the left.
         seconds: wall time, loading included.
@@ -238,13 +238,9 @@ class Evaluation:
         return retention(skills, seed=seed)
 
     def flags(self) -> list[str]:
-        """Sentences on what makes the numbers doubtful: a score of 0 where the base and another model have one, or of
-        all models, which usually means a broken template or parser; models run with different chat templates; prompts
-        that were cut."""
-        found = [
-            f"{metric} is 0 for all {len(self.models)} models: it tells nothing; check chat template and parser"
-            for metric in self._silent_everywhere()
-        ]
+        """Sentences on what makes the numbers doubtful: a score of 0 where the base and another model have one, which
+        usually means a broken template or parser; models run with different chat templates; prompts that were cut."""
+        found = []
         also = "" if self.base is None else ", the base too,"
         for name, result in self.models.items():
             for task, metrics in self._silent(name).items():
@@ -270,14 +266,6 @@ class Evaluation:
         for task, _, metric in (each.partition("/") for each in found if each not in covered):
             tasks.setdefault(task, []).append(metric)
         return tasks
-
-    def _silent_everywhere(self) -> list[str]:
-        """Metrics by which more than one model was judged and each has 0, without those of single instruction types."""
-        if len(self.models) < 2:
-            return []
-        first, *others = (result.scores for result in self.models.values())
-        whole = [metric for metric, score in first.items() if metric.count("/") == 1 and score.value == 0]
-        return [metric for metric in whole if all(metric in each and each[metric].value == 0 for each in others)]
 
     def _others_above_zero(self, metric: str) -> bool:
         above = [

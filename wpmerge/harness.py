@@ -16,10 +16,9 @@ import torch
 
 from wpmerge.capability import rendering
 from wpmerge.directory import locate
-from wpmerge.errors import CheckpointError, EvaluationError, reason_of
+from wpmerge.errors import CheckpointError, EvaluationError, ran_out_of_memory, reason_of
 from wpmerge.loading import check_weights as check_stored_weights
 from wpmerge.loading import loading, where_from
-from wpmerge.memory import ran_out_of_memory
 from wpmerge.tasks import TaskSuite, quiet
 from wpmerge.tensorfile import check_finite
 
@@ -52,6 +51,10 @@ class InMemory:
 _REQUESTS = ("generate_until", "loglikelihood", "loglikelihood_rolling")
 _DEFAULT_NEW_TOKENS = 256  # lm-eval's own, where a task names none
 _SEEDS = 2**32  # numpy takes no others
+_CHAT_BACKENDS = ("anthropic-chat", "litellm", "litellm-chat")
+"""Those of lm-eval 0.4.13's chat backends whose names do not end in -chat-completions."""
+SERVED = "server"
+"""Stands for the chat template of a server."""
 _SEEDED = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 _SET_ELSEWHERE: Mapping[str, str] = {
     "pretrained": "name the model itself, as NAME=PATH",
@@ -115,7 +118,7 @@ class ModelRun:
     Attributes:
         results: lm-eval's results, without samples.
         samples: task to lm-eval's log of each document.
-        chat_template: SHA-256 of the template that was applied; None when none was, or the server's.
+        chat_template: SHA-256 of the template that was applied, or :data:`SERVED`; None when none was.
         batch_size: the one that fitted.
         truncated: prompts cut from the left to leave room for the response.
     """
@@ -158,8 +161,8 @@ def run_model(
         _check_room(name, lm, suite, settings)
         if progress is not None:
             _count_requests(lm, progress)
-        template = _template(lm) if settings.chat_template is not False else None
-        served = template is None and settings.chat_template is not False and _templates_at_server(settings)
+        served = _templates_at_server(settings)
+        template = _template(lm) if settings.chat_template is not False and not served else None
         if template is None and settings.chat_template and not served:
             raise EvaluationError(
                 "a chat template is asked for, and the tokenizer has none", where=name, mend="leave the option out"
@@ -176,7 +179,7 @@ def run_model(
     return ModelRun(
         results=results,
         samples=samples,
-        chat_template=hashlib.sha256(template.encode()).hexdigest() if template else None,
+        chat_template=SERVED if served else hashlib.sha256(template.encode()).hexdigest() if template else None,
         batch_size=getattr(lm, "batch_size", settings.batch_size),
         truncated=truncated,
     )
@@ -193,7 +196,7 @@ def _given_arguments(name: str, settings: HarnessSettings) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, AssertionError, OverflowError, RuntimeError) as error:
-        if not given:
+        if not given or ran_out_of_memory(error):
             raise
         raise EvaluationError(
             "a model fails with the arguments that it is given",
@@ -322,9 +325,19 @@ def _template(lm: Any) -> str | None:
 
 
 def _templates_at_server(settings: HarnessSettings) -> bool:
-    """Whether a backend sends messages, as lm-eval's chat-completions backends do: the server puts them through its
-    template, which is not known here."""
-    return settings.backend.endswith("chat-completions")
+    """Whether a backend sends messages: the server puts them through its template, which is not known here.
+
+    Raises:
+        EvaluationError: no template is asked for; such a backend cannot leave it out.
+    """
+    served = settings.backend.endswith("-chat-completions") or settings.backend in _CHAT_BACKENDS
+    if served and settings.chat_template is False:
+        raise EvaluationError(
+            "a chat server puts every message through its template",
+            got=f"--no-chat-template with backend {settings.backend}",
+            mend="leave the option out, or take a backend that sends plain text, such as local-completions",
+        )
+    return served
 
 
 def _try_template(where: str, lm: Any, settings: HarnessSettings) -> None:

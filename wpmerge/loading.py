@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from wpmerge.errors import EvaluationError, reason_of
-from wpmerge.memory import ran_out_of_memory
+from wpmerge.errors import EvaluationError, ran_out_of_memory, reason_of
 
 _OTHER_WEIGHTS = frozenset({"gguf_file", "subfolder", "autogptq", "gptqmodel", "quantization_config"})
 _LAYER = re.compile(r"((?:.*?\.)?(?:layers|h))\.(\d+)\.")  # the list that a tensor's layer is in, and its number there

@@ -2,11 +2,8 @@
 
 import contextlib
 import ctypes
-import importlib
 import os
 from dataclasses import dataclass
-
-import torch
 
 from wpmerge.arch import Layout
 from wpmerge.errors import WpmergeError
@@ -253,9 +250,3 @@ def _size(shape: tuple[int, ...]) -> int:
     for size in shape:
         total *= size
     return total
-
-
-def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on any device."""
-    judge = importlib.import_module("accelerate.utils.memory").should_reduce_batch_size  # knows the CPU's message too
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(judge(error))

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from wpmerge.errors import OutputError, WpmergeError
+from wpmerge.errors import OutputError, WpmergeError, ran_out_of_memory
 
 # A directory is replaced only if it holds one of these: --overwrite is for our outputs, nobody's home or model.
 OWN_FILES = (
@@ -138,7 +138,7 @@ def output_directory(
             Empty: never resumed.
         total: bytes that will be written, for the message when the disk fills up.
 
-    An exception removes what was written; an interrupt or a kill leaves it for the next run.
+    An exception removes what was written; an interrupt, a kill or memory that ran out leave it for the next run.
 
     Raises:
         OutputError: the path is refused, another run writes there, or the disk filled up.
@@ -153,8 +153,9 @@ def output_directory(
             yield staging
             sync_directory(staging)
             _put_in_place(staging, out, box, fingerprint)
-        except Exception:
-            _remove(box)
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                _remove(box)
             raise
         _remove(box)
 
@@ -178,7 +179,7 @@ def work_directory(out: Path, *, fingerprint: str) -> Iterator[Path]:
         try:
             yield _open_box(work, fingerprint)
         except Exception as error:
-            mended = isinstance(error, WpmergeError | OSError | MemoryError)
+            mended = isinstance(error, WpmergeError | OSError) or ran_out_of_memory(error)
             if not mended or not any(path.is_file() for path in (work / "out").rglob("*")):
                 _remove(work)
             raise

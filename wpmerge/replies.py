@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from wpmerge.memory import ran_out_of_memory
+from wpmerge.errors import ran_out_of_memory
 
 logger = logging.getLogger(__name__)
 

@@ -56,7 +56,7 @@ OWN_NUMBERS: Mapping[Rule, tuple[Tunable, ...]] = {
     "joint": (Tunable(names=("mu",), low=1e-3, high=1e3, grid=(0.1, 1.0, 10.0, 1e3), steps=(1.0, 0.5), factor=True),),
 }
 """A rule's numbers that ``calibrate`` chooses beside the scales. Each grid has the value at which scores count for
-nothing (of ``joint``, for next to nothing), so that scores which mislead can be found out."""
+nothing (of ``joint``, for next to nothing beside retain sets), so that scores which mislead can be found out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,8 +28,9 @@ PRESETS: Mapping[str, tuple[str, ...]] = {
     "instruct": ("ifeval",),  # and every local file given with it
     "full": ("ifeval", "gsm8k", "minerva_math", "humaneval_instruct", "mbpp_instruct", "mmlu"),
 }
-"""Preset name to lm-eval task names; ``instruct`` adds the tasks that local files make. Of MATH, HumanEval and MBPP
-those forms that a chat model's answer can be read from: the plain ones may score 0 where it talks around it."""
+"""Preset name to lm-eval task names; ``instruct`` adds the tasks that local files make. Of HumanEval and MBPP
+the forms for chat models, and of MATH the one whose answer is parsed: by the plain ones a reply that says more may
+score 0."""
 
 TaskData: TypeAlias = Path | Mapping[str, Path]
 """A JSONL file for the split that is evaluated, or a file for each split the task reads."""

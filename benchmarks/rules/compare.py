@@ -231,7 +231,8 @@ def variants() -> dict[str, Variant]:
         fixed = FuseSettings(rule=rule, scales={"": 0.7}, **FIXED)  # type: ignore[arg-type]
         found[f"{rule} unit, fixed"] = (fixed, _same)
         found[f"{rule} unit, fixed, shuffled scores"] = (fixed, _shuffled_scores)
-        found[f"{rule} unit, fixed, necessity scores"] = (fixed, _instead("linear-necessity"))
+        if rule in SHARES:  # joint's cross effects are for sufficiency
+            found[f"{rule} unit, fixed, necessity scores"] = (fixed, _instead("linear-necessity"))
     found |= walks()
     found["refine unit, ridge .05"] = (FuseSettings(rule="refine", ridge=0.05), _same)
     for count in (4, 8, 16, 32):
@@ -478,6 +479,8 @@ def main() -> None:
     given = parser.parse_args()
     setup = demo() if given.family == "demo" else smollm2(given.smollm2, given.shared)
     wanted = {name: each for name, each in variants().items() if not given.only or name in ("scaled", *given.only)}
+    if given.retain:  # steps alone know nothing of retain sets
+        wanted = {name: each for name, each in wanted.items() if not isinstance(each[0], Walk)}
     work = given.work / given.family
     work.mkdir(parents=True, exist_ok=True)
     identity = {

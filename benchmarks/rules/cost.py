@@ -29,6 +29,8 @@ from wpmerge.rows import pack
 STEPS = 4
 PROMPTS = (6, 12, 24, 48)
 EXPERTS = (1, 2, 3, 4, 6)
+RATE = 1e-6
+"""So small that the merge stays where it is, below every skill: a skill that is whole is not run backwards."""
 
 
 def readings(family: Family, prompts: dict[str, Path], first: int, count: int) -> dict[str, HeldOutReading]:
@@ -62,8 +64,8 @@ def main() -> None:
             experts={copy: family.weights[name] for copy, name in copies.items()},
             grouping=make_grouping(family.layout, "unit"),
         )
-        start = torch.full((len(copies), len(merging.grouping.names)), 0.7 / len(copies), dtype=torch.float64)
-        settings = RefineSettings(steps=STEPS, batch=prompts, check=10_000)
+        start = torch.full((len(copies), len(merging.grouping.names)), 0.3 / len(copies), dtype=torch.float64)
+        settings = RefineSettings(steps=STEPS, batch=prompts, check=10_000, rate=RATE)
         refine(
             merging,
             start,
