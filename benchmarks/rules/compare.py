@@ -5,7 +5,8 @@
 
 Each seed scores the family anew, on its own draw of prompts; what is left of them chooses numbers. Read is the share of
 the gap in log-probability of the experts' own replies (retention) that a merge keeps on test prompts in other wordings.
-With --retain there is a retain set, plain questions, and what the merge loses on others of them, nats per token.
+With --retain there is a retain set, plain questions, and what the merge loses on others of them, nats per token;
+`refine` without one of its parts, or from another start, is left out then: those steps know nothing of retain sets.
 What OUT has of a variant and seed is not run again: a killed run goes on, and others may be added.
 The last line is JSON: per variant mean and minimum retention with their range over seeds, and differences to `scaled`.
 """
@@ -134,6 +135,7 @@ class Walk(FuseSettings):
     alike: bool = False
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Otherwise(Merging):
     """A merging whose halves agree, or whose task vectors are all of one length.
 
@@ -167,8 +169,8 @@ def walked(settings: Walk, family: Family, scores: Scores) -> RuleOutcome:
         base=family.weights[""],
         experts={name: family.weights[name] for name in names},
         grouping=start.grouping,
+        walk=settings,
     )
-    object.__setattr__(merging, "walk", settings)
     steps_on, held_out = scored_readings(family, scores, names), held_out_readings(family, scores, names)
     numbers = replace(settings.refine_settings, **settings.parts)  # type: ignore[arg-type]
     refined = refine(merging, start.values, steps_on, held_out, numbers)
