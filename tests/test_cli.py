@@ -89,6 +89,7 @@ def test_help_imports_nothing_heavy() -> None:
         ["report"],
         ["inspect"],
         ["demo"],
+        ["questions"],
     ):
         arguments = [sys.executable, "-c", code, *command, "--help"]
         result = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=True)
@@ -117,6 +118,7 @@ def test_every_option_says_what_it_is_and_its_default() -> None:
         "report",
         "inspect",
         "demo",
+        "questions",
     }
     for name, command in commands.items():
         sections = re.split(r"\n  (?=--)", succeed(name, "--help").stdout.partition("Options:")[2])

@@ -20,7 +20,7 @@ from wpmerge.memory import Budget
 from wpmerge.models import Family, bounded, open_family
 from wpmerge.readouts import LogProbReadout, ReplyReadout, measure, reply_readout
 from wpmerge.refining import Merging, _Draw, _Walk, _weigh_skill, refine
-from wpmerge.retaining import by_expert, hold_back, keep_to_retain_sets
+from wpmerge.retaining import by_expert, hold_back, keep_to_retain_sets, share_out
 from wpmerge.rows import pack
 
 EXPERTS = ("letters", "marks", "frame")
@@ -247,9 +247,11 @@ def test_a_merge_is_kept_to_a_retain_set_and_the_rest_won_back(demo: Family) -> 
         keep_to_retain_sets, case, free, both, both, evaluations=20, progress=lambda *new: said.append(new[0])
     )
     found, evaluations = keep(settings)
-    held = hold_back(case, merge, both, tolerance=0.02, evaluations=20, progress=lambda *_: None)
+    judges = share_out(both, both)[1]
+    held = hold_back(case, merge, judges, tolerance=0.02, evaluations=20, progress=lambda *_: None)
     assert found.standing.worth() > held.standing.worth()
     assert found.standing.excess() < 0.25
+    assert found.standing.lost == case.assess(found.coefficients, judges).lost
     assert found.kept is not None and bool(found.kept.later.any())
     assert torch.allclose(found.coefficients, by_expert(case, found.kept.factors) * merge + found.kept.later)
     assert list(dict.fromkeys(said)) == [
@@ -267,6 +269,22 @@ def test_a_merge_is_kept_to_a_retain_set_and_the_rest_won_back(demo: Family) -> 
         torch.testing.assert_close(again, found.coefficients[number].float(), atol=1e-5, rtol=0)
     untouched, once = keep(dataclasses.replace(settings, tolerance=1e3))
     assert untouched.kept is None and once == 2 and torch.equal(untouched.coefficients, merge)
+
+
+def test_every_other_question_of_a_retain_set_is_kept_from_the_steps_and_decides(demo: Family) -> None:
+    skills, seen, held = readings(demo, 0, 2), _base_replies(demo, 8, 5), _base_replies(demo, 20, 3)
+    steps_on, judges = share_out({**skills, "plain": seen}, {**skills, "plain": held})
+    assert {name: steps_on[name] for name in EXPERTS} == skills == {name: judges[name] for name in EXPERTS}
+    sequences = {name: each["plain"].readout.sequences for name, each in (("on", steps_on), ("by", judges))}
+    assert sequences["on"] == [seen.readout.sequences[number] for number in (0, 2, 4)]
+    assert sequences["by"] == [*held.readout.sequences, seen.readout.sequences[1], seen.readout.sequences[3]]
+    for reading in (steps_on["plain"], judges["plain"]):
+        again = measure(demo.engine, demo.weights[""], reading.rows, reading.readout).double()
+        torch.testing.assert_close(reading.base_items, again, atol=1e-6, rtol=0)
+    one, none = (
+        share_out(prompts, {"plain": held})[1]["plain"] for prompts in ({"plain": _base_replies(demo, 8, 1)}, {})
+    )
+    assert one is none is held  # a single question is the steps'
 
 
 def test_one_step_is_taken_within_the_retain_sets_and_none_where_none_is_asked_for(demo: Family) -> None:

@@ -264,6 +264,10 @@ def rendering(
         raise kind("a chat template cannot be applied", where=where, got=reason_of(error), mend=mend) from error
 
 
+_SAID = "what-a-user-says"
+"""Stands for a user's words in a template that is taken apart."""
+
+
 class Chat:
     """Turns what a user says into the tokens a model sees: through its chat template, or as ``Q: … A:`` without one.
 
@@ -289,6 +293,29 @@ class Chat:
             text = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
         rendered: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return rendered
+
+    def user_turn(self) -> tuple[list[int], int]:
+        """What comes before the words of a user, and the first token of what comes after them.
+
+        Raises:
+            CapabilityError: the chat template cannot be applied, or does not put a user's words between others.
+        """
+        if self.has_template:
+            with rendering(self.tokenizer.name_or_path):
+                text: str = self.tokenizer.apply_chat_template(
+                    [{"role": "user", "content": _SAID}], add_generation_prompt=True, tokenize=False
+                )
+        else:
+            text = f"Q: {_SAID}\nA:"
+        before, said, after = text.partition(_SAID)
+        if not said or not after or _SAID in after:
+            raise CapabilityError(
+                "the chat template does not put what a user says between other words, once",
+                where=self.tokenizer.name_or_path,
+                got=text[:200],
+            )
+        head: list[int] = self.tokenizer(before.rstrip(" "), add_special_tokens=not self.has_template)["input_ids"]
+        return head, int(self.tokenizer(after, add_special_tokens=False)["input_ids"][0])
 
     def reply_tokens(self, reply: str, *, limit: int) -> list[int]:
         """A reply and its end-of-text token; cut at ``limit`` tokens, since readouts need only its beginning."""

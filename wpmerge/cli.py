@@ -14,6 +14,7 @@ from wpmerge.cli_eval import evaluate
 from wpmerge.cli_fuse import fuse
 from wpmerge.cli_merge import merge, verify
 from wpmerge.cli_prove import prove
+from wpmerge.cli_questions import questions
 from wpmerge.cli_report import report
 from wpmerge.cli_run import run
 from wpmerge.errors import WpmergeError, ran_out_of_memory, reason_of
@@ -269,6 +270,7 @@ app.command("bench")(bench)
 app.command("prove")(prove)
 app.command("report")(report)
 app.command("run")(run)
+app.command("questions")(questions)
 
 
 @app.command()

@@ -8,7 +8,7 @@ for what the set has lost in them.
 Shape suffixes: E experts, G groups.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,14 +62,11 @@ def keep_to_retain_sets(
         The same if nothing is lost beyond the tolerance, and how many merges were run. What the retain sets have lost
         is read on ``held_out`` either way.
     """
-    whole = {
-        name: _joined(each, prompts[name]) if each.retain and name in prompts else each
-        for name, each in held_out.items()
-    }
+    steps_on, judges = share_out(prompts, held_out)
     held = hold_back(
         merging,
         refined.coefficients,
-        whole,
+        judges,
         tolerance=settings.tolerance,
         evaluations=max(LEAST_EVALUATIONS, evaluations),
         progress=lambda done, total: progress("keeping to the retain sets", done, total),
@@ -81,15 +78,15 @@ def keep_to_retain_sets(
         found = refine(
             merging,
             start,
-            prompts,
-            held_out,
+            steps_on,
+            judges,
             careful,
             progress=lambda done, total: progress("refining within the retain sets", done, total),
         )
         again = hold_back(
             merging,
             found.coefficients,
-            whole,
+            judges,
             tolerance=settings.tolerance,
             evaluations=AGAIN,
             progress=lambda done, total: progress("keeping to the retain sets again", done, total),
@@ -104,7 +101,7 @@ def keep_to_retain_sets(
         replace(
             refined,
             coefficients=coefficients,
-            standing=merging.assess(coefficients, held_out),
+            standing=merging.assess(coefficients, judges),
             kept=Kept(factors=factors, later=later) if held.needed else None,
         ),
         run,
@@ -182,8 +179,37 @@ def by_expert(merging: Merging, factors: Mapping[str, float]) -> Float[Tensor, "
     return torch.tensor([[factors[name]] for name in merging.experts], dtype=torch.float64)
 
 
+def share_out(
+    prompts: Mapping[str, HeldOutReading], held_out: Mapping[str, HeldOutReading]
+) -> tuple[dict[str, HeldOutReading], dict[str, HeldOutReading]]:
+    """Keep every other question of a retain set from the steps, for those that decide.
+
+    Steps learn the questions that they are taken on: what a set loses is known by others alone.
+
+    Args:
+        prompts: per capability and retain set what steps may be taken on.
+        held_out: what decides.
+
+    Returns:
+        What steps are taken on, and what decides.
+    """
+    steps_on, judges = dict(prompts), dict(held_out)
+    for name, each in prompts.items():
+        if each.retain:
+            steps_on[name] = _some(each, range(0, each.readout.items, 2))
+            if len(kept := range(1, each.readout.items, 2)) and name in held_out:
+                judges[name] = _joined(held_out[name], _some(each, kept))
+    return steps_on, judges
+
+
+def _some(reading: HeldOutReading, items: Sequence[int]) -> HeldOutReading:
+    """Some of a retain set's questions."""
+    assert isinstance(reading.readout, LogProbReadout) and reading.retain
+    return _retained(reading.readout.some(items), reading.base_items[list(items)])
+
+
 def _joined(one: HeldOutReading, other: HeldOutReading) -> HeldOutReading:
-    """The prompts of two readings of one retain set as one."""
+    """The questions of two readings of one retain set as one."""
     first, second = one.readout, other.readout
     assert isinstance(first, LogProbReadout) and isinstance(second, LogProbReadout) and one.retain and other.retain
     readout = LogProbReadout(
@@ -191,7 +217,9 @@ def _joined(one: HeldOutReading, other: HeldOutReading) -> HeldOutReading:
         sequences=[*first.sequences, *second.sequences],
         starts=[*first.starts, *second.starts],
     )
+    return _retained(readout, torch.cat([one.base_items, other.base_items]))
+
+
+def _retained(readout: LogProbReadout, base_items: Float[Tensor, " items"]) -> HeldOutReading:
     rows = pack(readout.sequences, tokens_per_row=TOKENS_PER_ROW)
-    return HeldOutReading(
-        readout=readout, rows=rows, base_items=torch.cat([one.base_items, other.base_items]), expert_items=None
-    )
+    return HeldOutReading(readout=readout, rows=rows, base_items=base_items, expert_items=None)

@@ -28,6 +28,7 @@ from wpmerge.bench_setup import BenchSettings
 from wpmerge.bench_table import Measure, make_cell
 from wpmerge.cli_bench import cell_table, markdown
 from wpmerge.plan import BASE
+from wpmerge.questions import QuestionSettings, write_questions
 from wpmerge.readings import ScoreSettings
 from wpmerge.scoring import score
 from wpmerge.strategies import RIVALS
@@ -48,6 +49,8 @@ SMOLLM2_STRATEGIES = (
     "fuse:joint",
     "fuse:refine+retain",
 )
+ASKED = 120
+"""Questions of SmolLM2's retain set."""
 QUICK_STRATEGIES = ("uniform", "scaled", "ties", "fuse:select", "fuse:select/shuffled")
 
 
@@ -60,8 +63,8 @@ class FamilySetup:
         models: directory of base and experts.
         capabilities: directory of the prompts that scores and tuning draw from.
         skills: the experts, in order.
-        retain: a capability of plain questions, which our rules are told to leave alone; None for none. The benchmark's
-            own questions outside every skill are others.
+        asked: questions that the base is let ask itself, for a retain set that our rules may be told to keep; 0 for
+            none. The benchmark's own questions outside every skill are others.
         score: how scores are taken; ``held_out`` is the pool that each seed draws its tuning prompts from.
         bench: how strategies are compared.
     """
@@ -70,7 +73,7 @@ class FamilySetup:
     models: Path
     capabilities: Path
     skills: tuple[str, ...]
-    retain: Path | None = None
+    asked: int = 0
     score: ScoreSettings
     bench: BenchSettings
 
@@ -95,7 +98,7 @@ def smollm2(models: Path, shared: Path, quick: bool) -> FamilySetup:
         models=models,
         capabilities=shared / "prompts",
         skills=prompts.SMOLLM2,
-        retain=ROOT / "wpmerge" / "builtin" / "queries.json",
+        asked=ASKED,
         score=ScoreSettings(readouts=("reference",), reference_tokens=64, top=0, sample=0, **few),  # type: ignore[arg-type]
         bench=_quick()
         if quick
@@ -123,14 +126,20 @@ def run(
     place = work / f"{family.name}{'-quick' if quick else ''}"
     place.mkdir(parents=True, exist_ok=True)
     if not (place / "scores").exists():
-        if family.retain is not None:
-            prompts.dump(place / "plain.jsonl", [{"prompt": text} for text in json.loads(family.retain.read_text())])
+        if family.asked:
+            write_questions(
+                str(family.models / "base"),
+                place / "plain.jsonl",
+                settings=QuestionSettings(count=family.asked),
+                overwrite=True,
+                progress=_say,
+            )
         score(
             base=str(family.models / "base"),
             experts={name: str(family.models / name) for name in family.skills},
             capabilities={name: str(family.capabilities / f"{name}.jsonl") for name in family.skills},
             out=place / "scores",
-            retain={} if family.retain is None else {"plain": str(place / "plain.jsonl")},
+            retain={"plain": str(place / "plain.jsonl")} if family.asked else {},
             settings=family.score,
             progress=_say,
         )
