@@ -3,14 +3,16 @@
     python -m benchmarks.merge_quality.retained [--smollm2 .family] [--subset format+math …] [--seed 0]
 
 Of SmolLM2's kept plans: `refine` as it is and with all coefficients multiplied by .8, .6 and .4, and `refine` with a
-retain set. "seen" are the retain set's questions that steps may be taken on, "held out" those that decide, "others" the
-benchmark's, in other words and of other kinds. Nats per token that the merge finds the base's own replies less likely
-by; below 0 more likely. Every merge is read on all three in one run. The last line is JSON.
+retain set. "seen" are the retain set's questions that steps may be taken on, "judges" those that decide; the base has
+asked both of itself. "by hand" are 60 questions of one kind that were the retain set before, and "others" the
+benchmark's of all its seeds, in other words and of other kinds. Nats per token that the merge finds the base's own
+replies less likely by; below 0 more likely. Every merge is read on all four in one run. The last line is JSON.
 """
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,12 +21,13 @@ from benchmarks.merge_quality import prompts
 from benchmarks.reporting import conditions
 from wpmerge.calibration import HeldOutReading, assess, merged_source, read_held_out
 from wpmerge.fusing import open_scored_family
-from wpmerge.models import Family
+from wpmerge.models import Family, continuations
 from wpmerge.plan import BASE, Coefficient, load_plan
 from wpmerge.readouts import LogProbReadout
+from wpmerge.retaining import share_out
 from wpmerge.rows import pack
 from wpmerge.scores import load_scores
-from wpmerge.tuning import held_out_readings, scored_readings
+from wpmerge.tuning import held_out_readings, reference_limit, scored_readings
 
 ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "benchmarks" / "results" / "merge_quality" / "smollm2"
@@ -40,11 +43,24 @@ def only_retain(readings: Mapping[str, HeldOutReading]) -> HeldOutReading:
     return found
 
 
-def others(family: Family, seed: int) -> HeldOutReading:
-    """The benchmark's questions of a seed, with the base's kept replies."""
-    share = prompts.questions(seed=0)[seed::SEEDS]
-    replies = json.loads((KEPT / "replies" / f"@base-{seed}.json").read_text(encoding="utf-8"))["replies"]
-    heads = [family.chat.prompt_tokens(text) for text in share]
+def others(family: Family) -> HeldOutReading:
+    """The benchmark's questions, with the base's kept replies."""
+    texts, replies = [], []
+    for seed in range(SEEDS):
+        texts += prompts.questions(seed=0)[seed::SEEDS]
+        replies += json.loads((KEPT / "replies" / f"@base-{seed}.json").read_text(encoding="utf-8"))["replies"]
+    return answered(family, texts, replies)
+
+
+def by_hand(family: Family, limit: int) -> HeldOutReading:
+    """The package's plain questions, with the base's own replies."""
+    texts = json.loads((ROOT / "wpmerge" / "builtin" / "queries.json").read_text(encoding="utf-8"))
+    return answered(family, texts, continuations(family, "", texts, tokens=limit))
+
+
+def answered(family: Family, texts: Sequence[str], replies: Sequence[Sequence[int]]) -> HeldOutReading:
+    """Questions and what the base has said to them."""
+    heads = [family.chat.prompt_tokens(text) for text in texts]
     sequences = [[*head, *reply] for head, reply in zip(heads, replies, strict=True)]
     readout = LogProbReadout(layer=family.layout.layers - 1, sequences=sequences, starts=[len(head) for head in heads])
     return read_held_out(family.engine, family.weights[""], None, readout, pack(sequences))
@@ -68,16 +84,19 @@ def main() -> None:
     scores = load_scores(KEPT / "scores")
     models = {BASE: str(given.smollm2 / "base"), **{name: str(given.smollm2 / name) for name in SKILLS}}
     family = open_scored_family(scores, models, device="cpu", resident=True, trust_remote_code=False)
+    plain = replace(scores, capabilities={name: each for name, each in scores.capabilities.items() if each.retain})
+    steps_on, judges = share_out(scored_readings(family, plain, ()), held_out_readings(family, plain, ()))
     readings = {
-        "seen": only_retain(scored_readings(family, scores, SKILLS)),
-        "held out": only_retain(held_out_readings(family, scores, SKILLS)),
-        "others": others(family, given.seed),
+        "seen": only_retain(steps_on),
+        "judges": only_retain(judges),
+        "by hand": by_hand(family, reference_limit(scores)),
+        "others": others(family),
     }
     result: dict[str, dict[str, dict[str, float]]] = {}
     for subset in given.subset or SUBSETS:
-        plain = load_plan(KEPT / "plans" / f"{subset}-fuse-refine-{given.seed}").coefficients
+        free = load_plan(KEPT / "plans" / f"{subset}-fuse-refine-{given.seed}").coefficients
         kept = load_plan(KEPT / "plans" / f"{subset}-fuse-refine+retain-{given.seed}").coefficients
-        merges = {f"refine x {factor}": scaled(plain, factor) for factor in FACTORS} | {"with a retain set": kept}
+        merges = {f"refine x {factor}": scaled(free, factor) for factor in FACTORS} | {"with a retain set": kept}
         for name, coefficients in merges.items():
             experts = {expert: family.weights[expert] for expert in coefficients}
             merged = merged_source(family.engine, family.weights[""], experts, coefficients)
