@@ -378,7 +378,7 @@ def test_what_an_interrupted_fusion_left_is_of_no_use_to_another(disk: Disk, tmp
     with pytest.raises(KeyboardInterrupt):
         disk.fuse(tmp_path / "out", rule="refine", steps=2, batch=2, plan_only=True, progress=stop)
     kept = tmp_path / ".out.wpmerge-work" / "out" / "pieces"
-    assert any(kept.glob("step-*")) and any(kept.glob("standing-*")) and any(kept.glob("scored-*"))
+    assert any(kept.glob("step-*")) and any(kept.glob("stood-*")) and any(kept.glob("scored-*"))
     other = disk.fuse(tmp_path / "out", rule="refine", steps=2, batch=2, ridge=0.1, plan_only=True)
     fresh = disk.fuse(tmp_path / "fresh", rule="refine", steps=2, batch=2, ridge=0.1, plan_only=True)
     assert torch.equal(other.outcome.values, fresh.outcome.values)

@@ -168,15 +168,18 @@ class Standing:
     Attributes:
         kept: capability → retention R̂_f, the fraction of the gap from base to expert.
         lost: retain set → how far below the base its replies' log-probability is, nats per token.
+        errors: retain set → the standard error of that over its questions.
     """
 
     kept: Mapping[str, float]
     lost: Mapping[str, float] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
 
     def arrays(self) -> dict[str, Tensor]:
         """All of it as named tensors, to the bit."""
         named = {f"kept/{name}": value for name, value in self.kept.items()}
         named |= {f"lost/{name}": value for name, value in self.lost.items()}
+        named |= {f"error/{name}": value for name, value in self.errors.items()}
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in named.items()}
 
     @staticmethod
@@ -184,14 +187,19 @@ class Standing:
         """What :meth:`arrays` gave, capabilities and retain sets in this order: sums run over them."""
         kept = {name: float(arrays[f"kept/{name}"]) for name in order if f"kept/{name}" in arrays}
         lost = {name: float(arrays[f"lost/{name}"]) for name in order if f"lost/{name}" in arrays}
-        return Standing(kept=kept, lost=lost)
+        errors = {name: float(arrays[f"error/{name}"]) for name in lost}
+        return Standing(kept=kept, lost=lost, errors=errors)
 
     def excess(self, tolerance: float = TOLERANCE) -> float:
-        """What the retain sets have lost beyond the tolerance, in tolerances."""
-        return sum(max(0.0, value / tolerance - 1.0) for value in self.lost.values())
+        """What the retain sets may have lost beyond the tolerance, in tolerances.
+
+        That is what they have lost, and a standard error: they stand for other questions, and few say little of them.
+        """
+        most = (value + self.errors.get(name, 0.0) for name, value in self.lost.items())
+        return sum(max(0.0, value / tolerance - 1.0) for value in most)
 
     def worth(self, tolerance: float = TOLERANCE) -> float:
-        """The utility, less :data:`PENALTY` for each tolerance that a retain set has lost beyond the first."""
+        """The utility, less :data:`PENALTY` for each tolerance that a retain set may have lost beyond the first."""
         return utility(self.kept) - PENALTY * self.excess(tolerance)
 
     def behind(self, other: "Standing", tolerance: float = TOLERANCE) -> bool:
@@ -215,14 +223,20 @@ def assess(engine: Engine, merged: WeightSource, readings: Mapping[str, HeldOutR
             found = read_states(engine, outer, group[span], readings[name].readout, states[span])[0]
             items[name] = items[name] + found if name in items else found
         del outer, states  # before the next group's are made
-    kept, lost = {}, {}
+    kept, lost, errors = {}, {}, {}
     for name, reading in readings.items():
         value = float(items[name].double().mean())
         if reading.retain:
             lost[name] = reading.base - value
+            errors[name] = standard_error(items[name].double().cpu() - reading.base_items)
         else:
             kept[name] = (value - reading.base) / (reading.expert - reading.base)
-    return Standing(kept=kept, lost=lost)
+    return Standing(kept=kept, lost=lost, errors=errors)
+
+
+def standard_error(values: Float[Tensor, " items"]) -> float:
+    """Of their mean; 0 for one alone, which says nothing of it."""
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def retention(engine: Engine, merged: WeightSource, readings: Mapping[str, HeldOutReading]) -> dict[str, float]:

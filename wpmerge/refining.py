@@ -185,7 +185,7 @@ class Merging:
 
     def assess(self, values: Float[Tensor, "E G"], readings: Mapping[str, HeldOutReading]) -> Standing:
         """Where the merge with these coefficients stands; read once, even if the run is killed and repeated."""
-        key = f"standing-{_digest(values, [(name, _tokens(each)) for name, each in readings.items()])}"
+        key = f"stood-{_digest(values, [(name, _tokens(each)) for name, each in readings.items()])}"
         if (found := self.kept.get(key)) is not None:
             return Standing.of(found, readings)
         standing = assess(self.engine, self.source(values), readings)
