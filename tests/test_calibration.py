@@ -1,6 +1,7 @@
 """Merges made while they run, retention, utility, and the search over scales."""
 
 import math
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ from wpmerge.coefficients import make_grouping, tensor_coefficients
 from wpmerge.engine import Engine
 from wpmerge.errors import RecipeError
 from wpmerge.plan import Coefficient
-from wpmerge.readouts import LogProbReadout
+from wpmerge.readouts import LogProbReadout, measure
 from wpmerge.rows import pack
 
 SEQUENCES = [[3, 9, 14, 20, 31, 7], [3, 9, 40, 8, 12], [5, 6, 33, 21, 2, 50, 17]]
@@ -242,6 +243,20 @@ def test_a_retain_set_is_read_as_nats_below_the_base() -> None:
     assert set(standing.kept) == {"a", "b"} and set(standing.lost) == {"plain"}
     assert standing.lost["plain"] == pytest.approx(found["a"].base - found["a"].expert, abs=1e-5)
     assert standing.kept == retention(engine, whole, {**found, "plain": plain})
+    changes = measure(engine, whole, rows, readout).double() - plain.base_items
+    assert standing.errors == {
+        "plain": pytest.approx(statistics.stdev(changes.tolist()) / len(changes) ** 0.5, abs=1e-6)
+    }
+    again = Standing.of(standing.arrays(), [*found, "plain"])
+    assert again == standing
+
+
+def test_one_question_alone_says_nothing_of_an_error() -> None:
+    engine, base, experts = family()
+    readout = LogProbReadout(layer=2, sequences=SEQUENCES[:1], starts=STARTS[:1])
+    plain = read_held_out(engine, base, None, readout, pack(SEQUENCES[:1]))
+    half = merged_source(engine, base, experts, common(engine, {"a": 0.5, "b": 0.0}))
+    assert assess(engine, half, {"plain": plain}).errors == {"plain": 0.0}
 
 
 def test_all_readings_of_one_run_are_those_of_runs_apart() -> None:
@@ -263,6 +278,8 @@ def test_what_a_retain_set_loses_costs_beyond_the_tolerance() -> None:
     assert Standing(kept=kept, lost={"p": -1.0}).worth() == free
     assert Standing(kept=kept, lost={"p": 0.03, "q": 0.01}).worth() == pytest.approx(free - 0.5 * PENALTY)
     assert Standing(kept=kept, lost={"p": 0.03, "q": 0.03}).worth(0.015) == pytest.approx(free - 2 * PENALTY)
+    unsure = Standing(kept=kept, lost={"p": 0.01, "q": -0.05}, errors={"p": 0.03, "q": 0.06})
+    assert unsure.worth() == pytest.approx(free - PENALTY), "p may have lost two tolerances, q half a one"
 
 
 def test_a_searchs_own_numbers_come_after_the_scales_they_belong_to() -> None:

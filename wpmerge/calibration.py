@@ -228,13 +228,13 @@ def assess(engine: Engine, merged: WeightSource, readings: Mapping[str, HeldOutR
         value = float(items[name].double().mean())
         if reading.retain:
             lost[name] = reading.base - value
-            errors[name] = standard_error(items[name].double().cpu() - reading.base_items)
+            errors[name] = _standard_error(items[name].double().cpu() - reading.base_items)
         else:
             kept[name] = (value - reading.base) / (reading.expert - reading.base)
     return Standing(kept=kept, lost=lost, errors=errors)
 
 
-def standard_error(values: Float[Tensor, " items"]) -> float:
+def _standard_error(values: Float[Tensor, " items"]) -> float:
     """Of their mean; 0 for one alone, which says nothing of it."""
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
 

@@ -75,7 +75,10 @@ def fuse(
     ] = False,
     tolerance: Annotated[
         float,
-        typer.Option(metavar="X", help="What a merge may lose on a retain set, nats per token below the base."),
+        typer.Option(
+            metavar="X",
+            help="What a merge may lose on a retain set, nats per token below the base, a standard error included.",
+        ),
     ] = 0.02,
     evaluations: Annotated[
         int,

@@ -76,7 +76,7 @@ class FuseSettings:
         steps: of ``refine``.
         batch: prompts per capability and step of ``refine``.
         ridge: of ``refine``, see :class:`~wpmerge.refining.RefineSettings`.
-        tolerance: what a merge may lose on a retain set, nats per token.
+        tolerance: what a merge may lose on a retain set, nats per token, a standard error over its questions included.
         max_coefficient: λ_max.
         evaluations: merges run on the held-out prompts to choose the numbers, at least 1. On top come what ``refine``
             needs to look where its steps are, and with retain sets up to 28 merges for factors.
