@@ -1,12 +1,16 @@
 """`wpmerge questions`: a model whose user's turn is known by heart asks exactly what it was made to ask."""
 
 import json
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from talkers import talker, talker_tokenizer
+from talkers import TEMPLATE, talker, talker_tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from wpmerge import cli
@@ -24,25 +28,54 @@ ASKED = {
 """All that the model asks within six tokens, beside what is not finished and one word alone."""
 
 
-@pytest.fixture(scope="module")
-def asker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A talker that speaks as the user too: what follows a word is drawn among equals."""
-    model, tokenizer = talker("this is my answer ."), talker_tokenizer()
-    follows = {
-        "<user>": ["this", "the", "it", "THIS", "words", "and"],
-        "and": ["and"],  # without an end
+def save_asker(
+    path: Path,
+    *,
+    more: Mapping[str, list[str]] | None = None,
+    likeliest: str | None = None,
+    end: str = "<assistant>",
+    template: str = TEMPLATE,
+    stops: tuple[str, ...] = (),
+) -> Path:
+    """A talker that speaks as the user too: what follows a word is drawn among equals.
+
+    Args:
+        path: where it is saved.
+        more: word → words that may follow besides.
+        likeliest: of the first words, the one that is drawn unless it is hot.
+        end: what ends a question.
+        template: the chat template.
+        stops: more tokens that end a reply.
+    """
+    model, tokenizer = talker("this is my answer ."), talker_tokenizer(template=template)
+    follows: dict[str, set[str]] = {
+        "<user>": {"this", "the", "it", "THIS", "words", "and"},
+        "and": {"and"},  # without an end
+        "words": {end},  # one word alone
     }
     for words in map(str.split, sorted(ASKED)):
-        for word, following in pairwise([*words, "<assistant>"]):
-            follows[word] = sorted({*follows.get(word, []), following})
+        for word, following in pairwise([*words, end]):
+            follows.setdefault(word, set()).add(following)
+    for word, others in (more or {}).items():
+        follows[word] |= set(others)
     with torch.no_grad():
         for word, following in follows.items():
             column = model.lm_head.weight[:, tokenizer.convert_tokens_to_ids(word)]
-            column.zero_()[tokenizer.convert_tokens_to_ids(following)] = 50
-    path = tmp_path_factory.mktemp("models") / "asker"
+            column.zero_()[tokenizer.convert_tokens_to_ids(sorted(following))] = 50
+        if likeliest:
+            model.lm_head.weight[
+                tokenizer.convert_tokens_to_ids(likeliest), tokenizer.convert_tokens_to_ids("<user>")
+            ] = 52
+    if stops:
+        model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(["<eos>", *stops])
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def asker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_asker(tmp_path_factory.mktemp("models") / "asker")
 
 
 def settings(count: int, seed: int = 0) -> QuestionSettings:
@@ -91,26 +124,114 @@ def test_a_file_that_is_there_is_refused_before_a_model_is_read(asker: Path, tmp
 
 
 @pytest.mark.parametrize(
+    "given",
+    [
+        {"more": {"words": [","]}, "stops": (",",)},
+        {"more": {"words": ["<eos>"]}},
+        {"more": {"4": ["<user>"], "12": ["<pad>"]}},
+        {"end": ".", "template": "{% for m in messages %}<user> {{ m['content'] }} .{% endfor %}"},
+    ],
+    ids=["another stop", "end of text", "special tokens within", "ended by words"],
+)
+def test_only_what_ends_as_a_users_words_do_is_kept(given: dict[str, Any], tmp_path: Path) -> None:
+    path = save_asker(tmp_path / "asker", **given)
+    assert set(write_questions(str(path), tmp_path / "plain.jsonl", settings=settings(5)).texts) == ASKED
+
+
+def test_temperature_and_top_p_decide_what_is_drawn(asker: Path, tmp_path: Path) -> None:
+    path = save_asker(tmp_path / "asker", likeliest="the")
+    hot = QuestionSettings(count=5, longest=8, temperature=10.0)
+    assert set(write_questions(str(path), tmp_path / "hot.jsonl", settings=hot).texts) == ASKED
+    with pytest.raises(CapabilityError, match="2 that are finished"):
+        write_questions(str(path), tmp_path / "cold.jsonl", settings=settings(5))
+    with pytest.raises(CapabilityError, match="too few"):  # two of the six first words
+        write_questions(str(asker), tmp_path / "few.jsonl", settings=QuestionSettings(count=5, longest=8, top_p=0.3))
+
+
+def test_questions_beyond_the_models_positions_are_refused(asker: Path, tmp_path: Path) -> None:
+    with pytest.raises(CapabilityError, match="1 tokens before a question, and up to 128"):
+        write_questions(str(asker), tmp_path / "plain.jsonl", settings=QuestionSettings(count=5, longest=128))
+
+
+@pytest.mark.parametrize(
     ("field", "value"),
-    [("count", 3), ("longest", 3), ("temperature", 0.0), ("temperature", float("nan")), ("top_p", 1.1)],
+    [
+        ("count", 3),
+        ("longest", 3),
+        ("temperature", 0.0),
+        ("temperature", float("nan")),
+        ("top_p", 1.1),
+        ("seed", -1),
+        ("seed", 2**63),
+    ],
 )
 def test_numbers_out_of_their_range_are_refused(field: str, value: float) -> None:
     with pytest.raises(CapabilityError, match=f"{field} is out of range"):
         QuestionSettings(**{field: value})  # type: ignore[arg-type]
 
 
-def test_where_a_user_speaks_in_a_template_and_without_one() -> None:
-    """Of a tokenizer without one, ``Q: …`` up to the end of the line's answer."""
-    tokenizer = talker_tokenizer()
-    user, assistant = tokenizer.convert_tokens_to_ids(["<user>", "<assistant>"])
-    assert Chat(tokenizer).user_turn() == ([user], assistant)
-    plain = talker_tokenizer(template=None)
-    assert Chat(plain).user_turn() == (plain("Q:")["input_ids"], plain("A:")["input_ids"][0])
+def byte_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that joins a question mark with the line's end, as GPT-4's and Llama 3's do."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate([*alphabet, "?Ċ"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("?", "Ċ")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|im_end|>x"]})
+    fast.chat_template = template
+    return fast
+
+
+def piece_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
+    """One of SentencePiece's kind: a space before every text, and before a word as part of it."""
+    letters = [chr(code) for code in range(32, 127)] + ["▁", "\n"]
+    vocabulary = {letter: number for number, letter in enumerate(["<s>", *letters, "▁[", "▁A"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("▁", "["), ("▁", "A")]))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+    fast.chat_template = template
+    return fast
+
+
+SAYS = "{{ messages[0]['content'] }}"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "template", "end"),
+    [
+        (byte_tokenizer, f"<|im_start|>user\n{SAYS}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+        (byte_tokenizer, f"<|im_start|>user\n{SAYS}\n<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+        (byte_tokenizer, f"### Instruction:\n{SAYS}\n\n### Response:\n", "\n### Response:"),
+        (byte_tokenizer, None, "\nA:"),
+        (piece_tokenizer, f"<s>[INST] {SAYS} [/INST]", "[/INST]"),
+        (piece_tokenizer, f"<s>USER: {SAYS} ASSISTANT:", "ASSISTANT:"),
+        (piece_tokenizer, None, "\nA:"),
+    ],
+)
+def test_where_a_users_words_begin_and_what_ends_them(
+    tokenizer: Callable[[str | None], PreTrainedTokenizerFast], template: str | None, end: str
+) -> None:
+    chat = Chat(tokenizer(template))
+    head, ends = chat.user_turn()
+    assert ends == end
+    for question in ("What is it?", "in 1950"):
+        whole = chat.prompt_tokens(question)
+        assert whole[: len(head)] == head and len(head) < len(whole)
+        said, found, _ = chat.tokenizer.decode(whole[len(head) :]).partition(end)
+        assert (said.strip(), found) == (question, end)
 
 
 @pytest.mark.parametrize(
     "template",
-    ["{% for m in messages %}<user> hello {% endfor %}<assistant>", "{{ messages[0]['content'] }}", "{{ nothing() }}"],
+    [
+        "{% for m in messages %}<user> hello {% endfor %}<assistant>",
+        "{{ messages[0]['content'] }}",
+        "{{ nothing() }}",
+        "{{ messages[0]['content'] }}<assistant>",
+    ],
 )
 def test_a_template_that_cannot_be_taken_apart_is_refused(template: str) -> None:
     with pytest.raises(CapabilityError, match="chat template"):
@@ -125,3 +246,10 @@ def test_the_command_prints_what_it_wrote(asker: Path, tmp_path: Path) -> None:
     assert json.loads(result.stdout)["questions"] == 4
     again = CliRunner().invoke(cli.app, words)
     assert again.exit_code == 2 and "exists" in again.stderr
+    nowhere = CliRunner().invoke(cli.app, [*words, "--overwrite", "--device", "nowhere"])
+    assert nowhere.exit_code == 2 and "--device" in nowhere.stderr
+
+
+def test_a_place_that_cannot_be_written_is_one_error(asker: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot be used"):
+        write_questions(str(asker), tmp_path / f"{'x' * 250}.jsonl", settings=settings(4))

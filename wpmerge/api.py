@@ -209,7 +209,7 @@ def fuse(
         batch: of refine: prompts per capability and step.
         ridge: of refine: pull back to the start at each step, as a share, 0 to 1.
         calibrate: choose the rule's own numbers on held-out prompts too.
-        tolerance: what a merge may lose on a retain set, nats per token below the base.
+        tolerance: what a merge may lose on a retain set, nats per token below the base, a standard error included.
         evaluations: merges run on held-out prompts to choose the numbers.
         seed: of refine's draws of prompts, and of what dare drops.
         explain: units, tensors or blocks whose coefficients are explained in a sentence.

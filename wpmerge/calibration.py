@@ -190,13 +190,17 @@ class Standing:
         errors = {name: float(arrays[f"error/{name}"]) for name in lost}
         return Standing(kept=kept, lost=lost, errors=errors)
 
-    def excess(self, tolerance: float = TOLERANCE) -> float:
-        """What the retain sets may have lost beyond the tolerance, in tolerances.
+    @property
+    def most(self) -> dict[str, float]:
+        """What each retain set may have lost: what its questions have, and a standard error.
 
-        That is what they have lost, and a standard error: they stand for other questions, and few say little of them.
+        They stand for other questions, and few say little of them.
         """
-        most = (value + self.errors.get(name, 0.0) for name, value in self.lost.items())
-        return sum(max(0.0, value / tolerance - 1.0) for value in most)
+        return {name: value + self.errors.get(name, 0.0) for name, value in self.lost.items()}
+
+    def excess(self, tolerance: float = TOLERANCE) -> float:
+        """What the retain sets may have lost beyond the tolerance, in tolerances."""
+        return sum(max(0.0, value / tolerance - 1.0) for value in self.most.values())
 
     def worth(self, tolerance: float = TOLERANCE) -> float:
         """The utility, less :data:`PENALTY` for each tolerance that a retain set may have lost beyond the first."""

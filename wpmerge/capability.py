@@ -294,8 +294,8 @@ class Chat:
         rendered: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return rendered
 
-    def user_turn(self) -> tuple[list[int], int]:
-        """What comes before the words of a user, and the first token of what comes after them.
+    def user_turn(self) -> tuple[list[int], str]:
+        """The tokens before the words of a user, and the text that ends these: a token of its own, or some words.
 
         Raises:
             CapabilityError: the chat template cannot be applied, or does not put a user's words between others.
@@ -307,15 +307,17 @@ class Chat:
                 )
         else:
             text = f"Q: {_SAID}\nA:"
-        before, said, after = text.partition(_SAID)
-        if not said or not after or _SAID in after:
+        before, _, after = text.partition(_SAID)
+        head: list[int] = self.tokenizer(before.rstrip(" "), add_special_tokens=not self.has_template)["input_ids"]
+        if not before.strip() or not head or not after.strip() or _SAID in after:
             raise CapabilityError(
                 "the chat template does not put what a user says between other words, once",
                 where=self.tokenizer.name_or_path,
                 got=text[:200],
             )
-        head: list[int] = self.tokenizer(before.rstrip(" "), add_special_tokens=not self.has_template)["input_ids"]
-        return head, int(self.tokenizer(after, add_special_tokens=False)["input_ids"][0])
+        own = [token for token in self.tokenizer.get_added_vocab() if after.lstrip().startswith(token)]
+        lines = after.startswith("\n")  # words that end a turn begin a line, or they could be a user's
+        return head, max(own, key=len) if own else "\n" * lines + after.strip()
 
     def reply_tokens(self, reply: str, *, limit: int) -> list[int]:
         """A reply and its end-of-text token; cut at ``limit`` tokens, since readouts need only its beginning."""

@@ -172,18 +172,23 @@ def fuse(
     summary = summaries.fuse_summary(result)
     summary |= {
         "held_out_lost": dict(result.lost),
+        "held_out_lost_error": dict(result.lost_errors),
         "tolerance": tolerance,
         "explanations": {k: list(v) for k, v in result.explanations.items()},
     }
     tables = [
         *summaries.fuse_tables(summary),
-        *_lost(result.lost, tolerance),
+        *_lost(result.lost, result.lost_errors, tolerance),
         *summaries.explanation_tables(result.explanations),
     ]
     console.show(summary, tables, as_json=as_json)
 
 
-def _lost(lost: Mapping[str, float], tolerance: float) -> list[console.Table]:
-    rows = [(name, console.number(value), console.number(tolerance)) for name, value in lost.items()]
-    title = "retain sets: what the merge loses on held-out prompts, nats per token below the base"
-    return [console.Table(title=title, header=("retain set", "lost", "may lose"), rows=rows)] if rows else []
+def _lost(lost: Mapping[str, float], errors: Mapping[str, float], tolerance: float) -> list[console.Table]:
+    rows = [
+        (name, console.number(value), console.number(errors.get(name, 0.0)), console.number(tolerance))
+        for name, value in lost.items()
+    ]
+    title = "retain sets: what the merge loses on prompts that no step saw, nats per token below the base"
+    header = ("retain set", "lost", "standard error", "both may be")
+    return [console.Table(title=title, header=header, rows=rows)] if rows else []

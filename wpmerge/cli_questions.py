@@ -15,7 +15,7 @@ def questions(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A chat model, directory or hub id: the base.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help='The JSONL file to be made, {"prompt": …} a line.')],
     count: Annotated[int, typer.Option(metavar="N", min=options.LEAST["prompts"], help="How many.")] = 120,
-    longest: Annotated[int, typer.Option(metavar="N", min=4, help="Longest question, tokens.")] = 64,
+    longest: Annotated[int, typer.Option(metavar="N", min=4, help="Longest question, tokens, its end included.")] = 64,
     temperature: Annotated[float, typer.Option(metavar="T", min=0.01, max=10.0, help="Of the sampling.")] = 1.0,
     top_p: Annotated[
         float, typer.Option(metavar="P", min=0.01, max=1.0, help="Share of the probability that is drawn from.")
@@ -31,6 +31,7 @@ def questions(
 ) -> None:
     """Let a chat model write what users ask it: a retain set for wpmerge score, to be read before it is used."""
     console.set_up(verbose=verbose)
+    where = options.device(device)
     from wpmerge.questions import QuestionSettings, write_questions
 
     settings = QuestionSettings(count=count, longest=longest, temperature=temperature, top_p=top_p, seed=seed)
@@ -39,7 +40,7 @@ def questions(
             model,
             out,
             settings=settings,
-            device=device,
+            device=where,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             progress=report,

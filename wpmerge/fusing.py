@@ -41,7 +41,9 @@ class FuseResult:
         plan: every coefficient.
         scales: s_e.
         retention: capability → fraction of the gap kept on the held-out prompts; empty if nothing was run there.
-        lost: retain set → nats per token below the base on its held-out prompts.
+        lost: retain set → nats per token below the base on the prompts that decide: the held-out ones and, under
+            ``refine``, those of the scored that it takes no step on.
+        lost_errors: retain set → the standard error of that.
         explanations: unit, as asked for → the numbers behind its coefficients, a sentence each.
         outcome: what the rule decided, and on what grounds.
         summary: of the merge; None if only the plan was asked for.
@@ -52,6 +54,7 @@ class FuseResult:
     scales: Mapping[str, float]
     retention: Mapping[str, float]
     lost: Mapping[str, float]
+    lost_errors: Mapping[str, float]
     explanations: Mapping[str, tuple[str, ...]]
     outcome: RuleOutcome
     summary: MergeSummary | None
@@ -174,6 +177,7 @@ def fuse(
         scales=outcome.scales,
         retention={} if standing is None else standing.kept,
         lost={} if standing is None else standing.lost,
+        lost_errors={} if standing is None else standing.errors,
         explanations=dict(zip(explanations, explained, strict=True)),
         outcome=outcome,
         summary=summary,
@@ -198,10 +202,10 @@ def _fingerprint(family: Family, scores: Scores, scores_dir: Path, settings: Fus
 
 
 def say_what_is_not_kept(scores: Scores, outcome: RuleOutcome) -> None:
-    """Say where a retain set loses more than it may, and where nobody has looked."""
-    for name, lost in outcome.beyond.items():
-        text = "the merge loses %.3g nats per token on the retain set %s, and may lose %.3g (--tolerance)"
-        logger.warning(text, lost, name, outcome.tolerance)
+    """Say where a retain set may lose more than is allowed, and where nobody has looked."""
+    for name, most in outcome.beyond.items():
+        text = "the merge loses up to %.3g nats per token on the retain set %s, and may lose %.3g (--tolerance)"
+        logger.warning(text, most, name, outcome.tolerance)
     retained = [name for name, record in scores.capabilities.items() if record.retain]
     if outcome.standing is None and retained:
         text = "what the merge loses on the retain set %s was not read: with every scale given no merge is run"

@@ -15,8 +15,8 @@ import torch
 
 from wpmerge.errors import CapabilityError
 from wpmerge.models import Family, end_tokens, generation_model, open_family
-from wpmerge.output import check_output_file, write_file
-from wpmerge.readings import Progress
+from wpmerge.output import check_output_file, write_own_file
+from wpmerge.readings import Progress, positions
 
 LEAST_WORDS = 3
 """Words below which nothing is asked."""
@@ -32,7 +32,7 @@ class QuestionSettings:
 
     Attributes:
         count: how many, each another.
-        longest: tokens beyond which one is dropped.
+        longest: tokens that are drawn for one, what ends it included; one that has not ended then is dropped.
         temperature: of the sampling.
         top_p: share of the probability that is drawn from.
         seed: of the sampling.
@@ -49,6 +49,7 @@ class QuestionSettings:
 
     def __post_init__(self) -> None:
         ranges = {"count": (4, 100_000), "longest": (4, 4096), "temperature": (0.01, 10.0), "top_p": (0.01, 1.0)}
+        ranges |= {"seed": (0, 2**63 - 1)}
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
                 raise CapabilityError(
@@ -118,20 +119,27 @@ def write_questions(
             expected=f"{settings.count}",
             mend="it takes a chat model: ask for fewer or for longer ones, or write them by hand",
         )
-    write_file(out, "".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in found))
+    write_own_file(out, "".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in found))
     return Questions(out=out, texts=tuple(found), draws=drawn)
 
 
 @torch.no_grad()
 def _drawn(family: Family, settings: QuestionSettings) -> Iterator[str | None]:
     """One draw after another; None for one that was not finished."""
-    tokenizer = family.chat.tokenizer
+    tokenizer, device = family.chat.tokenizer, family.engine.device
     head, end = family.chat.user_turn()
+    window = positions(family)
+    if window and len(head) + settings.longest > window:
+        raise CapabilityError(
+            "questions would not fit the model's positions",
+            got=f"{len(head)} tokens before a question, and up to {settings.longest}",
+            expected=f"{window} in all",
+        )
     model: Any = generation_model(family.engine, family.weights[""])
-    ends = {end, *end_tokens(family, "")}
-    prompt = torch.tensor([head], device=family.engine.device)
-    special = set(tokenizer.all_special_ids)
-    with torch.random.fork_rng(devices=[family.engine.device] if family.engine.device.type == "cuda" else []):
+    ends = end_tokens(family, "") | ({own[end]} if end in (own := tokenizer.get_added_vocab()) else set())
+    marks = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    prompt = torch.tensor([head], device=device)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(settings.seed)
         for _ in range(-(-DRAWS * settings.count // BATCH)):
             replies = model.generate(
@@ -144,10 +152,10 @@ def _drawn(family: Family, settings: QuestionSettings) -> Iterator[str | None]:
                 top_k=0,
                 max_new_tokens=settings.longest,
                 num_return_sequences=BATCH,
-                eos_token_id=sorted(ends),
-                pad_token_id=end,
+                eos_token_id=sorted(ends) or None,
+                pad_token_id=min(ends, default=0),
             )
             for tokens in replies[:, len(head) :].tolist():
-                written = tokens[: tokens.index(end)] if end in tokens else None
-                whole = written is not None and not special & set(written)
-                yield tokenizer.decode(written).strip() if whole else None
+                length = next((n for n, token in enumerate(tokens, start=1) if token in ends), len(tokens))
+                written, found, _ = tokenizer.decode(tokens[:length], clean_up_tokenization_spaces=False).partition(end)
+                yield written.strip() if found and not any(mark in written for mark in marks) else None

@@ -220,10 +220,16 @@ def _anchor_sequences(family: Family, capability: Capability, count: int | None 
     return [family.chat.prompt_tokens(text) for text in texts]
 
 
+def positions(family: Family) -> int | None:
+    """How many tokens the models were made for; None if their configuration does not say."""
+    config = family.layout.config
+    limit: int | None = config.get("n_positions") or config.get("max_position_embeddings")
+    return limit
+
+
 def _check_length(family: Family, capability: Capability, sequences: Sequence[Sequence[int]]) -> None:
     """Refuse prompts beyond the positions that the model was made for."""
-    config = family.layout.config
-    limit = config.get("n_positions") or config.get("max_position_embeddings")
+    limit = positions(family)
     longest = max(sequences, key=len)
     if limit and len(longest) > limit:
         raise CapabilityError(

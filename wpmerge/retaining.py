@@ -59,8 +59,8 @@ def keep_to_retain_sets(
         progress: told what is being done.
 
     Returns:
-        The same if nothing is lost beyond the tolerance, and how many merges were run. What the retain sets have lost
-        is read on ``held_out`` either way.
+        The same if no set may have lost more than the tolerance, and how many merges were run. What the sets have lost
+        is read on the prompts that decide either way: see :func:`share_out`.
     """
     steps_on, judges = share_out(prompts, held_out)
     held = hold_back(

@@ -193,9 +193,9 @@ class RuleOutcome:
 
     @property
     def beyond(self) -> dict[str, float]:
-        """Retain sets that lose more than the tolerance on their held-out prompts: how much, nats per token."""
-        lost = {} if self.standing is None else self.standing.lost
-        return {name: value for name, value in lost.items() if value > self.tolerance}
+        """Retain sets that may lose more than the tolerance, by the prompts that decide: how much, nats per token."""
+        most = {} if self.standing is None else self.standing.most
+        return {name: value for name, value in most.items() if value > self.tolerance}
 
     @property
     def record(self) -> dict[str, Any]:
@@ -205,6 +205,8 @@ class RuleOutcome:
             found["groups without a score"] = self.unscored
         if self.standing is not None:
             found |= {"held_out_retention": dict(self.standing.kept), "held_out_lost": dict(self.standing.lost)}
+            if self.standing.errors:
+                found["held_out_lost_error"] = dict(self.standing.errors)
         for name in {name for tunable in OWN_NUMBERS.get(self.settings.rule, ()) for name in tunable.names}:
             found[name] = getattr(self.settings, name)
         if self.joint is not None:

@@ -107,7 +107,7 @@ class MergeRule(_Section):
     calibrate: bool = False
     """Choose the rule's own numbers on held-out prompts too."""
     tolerance: float = 0.02
-    """What a merge may lose on a retain set, nats per token below the base."""
+    """What a merge may lose on a retain set, nats per token below the base, a standard error included."""
     evaluations: Annotated[int, _least("evaluations")] = 24
     """Merges run on held-out prompts to choose the numbers."""
     seed: int = 0
