@@ -25,7 +25,7 @@ ASKED = {
     "it has no more words",
     "THIS IS MY ANSWER TO YOU",
 }
-"""All that the model asks within six tokens, beside what is not finished and one word alone."""
+"""All that the model asks within six tokens, beside what is not finished, and fewer than three words."""
 
 
 def save_asker(
@@ -49,9 +49,9 @@ def save_asker(
     """
     model, tokenizer = talker("this is my answer ."), talker_tokenizer(template=template)
     follows: dict[str, set[str]] = {
-        "<user>": {"this", "the", "it", "THIS", "words", "and"},
+        "<user>": {"this", "the", "it", "THIS", "words", "more", "and"},
         "and": {"and"},  # without an end
-        "words": {end},  # one word alone
+        "words": {end},  # alone, or after "more": too few to ask anything
     }
     for words in map(str.split, sorted(ASKED)):
         for word, following in pairwise([*words, end]):
@@ -144,7 +144,7 @@ def test_temperature_and_top_p_decide_what_is_drawn(asker: Path, tmp_path: Path)
     assert set(write_questions(str(path), tmp_path / "hot.jsonl", settings=hot).texts) == ASKED
     with pytest.raises(CapabilityError, match="2 that are finished"):
         write_questions(str(path), tmp_path / "cold.jsonl", settings=settings(5))
-    with pytest.raises(CapabilityError, match="too few"):  # two of the six first words
+    with pytest.raises(CapabilityError, match="too few"):  # two or three of the seven first words
         write_questions(str(asker), tmp_path / "few.jsonl", settings=QuestionSettings(count=5, longest=8, top_p=0.3))
 
 
