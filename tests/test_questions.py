@@ -25,7 +25,7 @@ ASKED = {
     "it has no more words",
     "THIS IS MY ANSWER TO YOU",
 }
-"""All that the model asks within six tokens, beside what is not finished, and fewer than three words."""
+"""All that the model asks, beside what is not finished or has fewer than three words."""
 
 
 def save_asker(

@@ -184,8 +184,8 @@ def share_out(
 ) -> tuple[dict[str, HeldOutReading], dict[str, HeldOutReading]]:
     """Keep every other question of a retain set from the steps, for those that decide.
 
-    Steps learn the questions that they are taken on: what a set loses is known by others alone. Wordings of one question
-    may fall on both sides.
+    Steps learn the questions that they are taken on: what a set loses is known by others alone. Two wordings of one
+    question may fall on either side.
 
     Args:
         prompts: per capability and retain set what steps may be taken on.
