@@ -279,20 +279,28 @@ class Chat:
         self.tokenizer = tokenizer
         self.has_template = tokenizer.chat_template is not None
 
+    def _rendered(self, prompt: str) -> str:
+        """What the model reads before it replies."""
+        if not self.has_template:
+            return f"Q: {prompt}\nA:"
+        with rendering(self.tokenizer.name_or_path):
+            text: str = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+            )
+        return text
+
+    def _tokens(self, text: str) -> list[int]:
+        """A template writes its special tokens itself."""
+        tokens: list[int] = self.tokenizer(text, add_special_tokens=not self.has_template)["input_ids"]
+        return tokens
+
     def prompt_tokens(self, prompt: str) -> list[int]:
         """The prompt up to where the reply starts.
 
         Raises:
             CapabilityError: the chat template cannot be applied.
         """
-        if not self.has_template:
-            tokens: list[int] = self.tokenizer(f"Q: {prompt}\nA:")["input_ids"]
-            return tokens
-        message = [{"role": "user", "content": prompt}]
-        with rendering(self.tokenizer.name_or_path):
-            text = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        rendered: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return rendered
+        return self._tokens(self._rendered(prompt))
 
     def user_turn(self) -> tuple[list[int], str]:
         """The tokens before the words of a user, and the text that ends these: a token of its own, or some words.
@@ -300,15 +308,9 @@ class Chat:
         Raises:
             CapabilityError: the chat template cannot be applied, or does not put a user's words between others.
         """
-        if self.has_template:
-            with rendering(self.tokenizer.name_or_path):
-                text: str = self.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": _SAID}], add_generation_prompt=True, tokenize=False
-                )
-        else:
-            text = f"Q: {_SAID}\nA:"
+        text = self._rendered(_SAID)
         before, _, after = text.partition(_SAID)
-        head: list[int] = self.tokenizer(before.rstrip(" "), add_special_tokens=not self.has_template)["input_ids"]
+        head = self._tokens(before.rstrip(" "))
         if not before.strip() or not head or not after.strip() or _SAID in after:
             raise CapabilityError(
                 "the chat template does not put what a user says between other words, once",

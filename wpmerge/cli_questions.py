@@ -22,9 +22,7 @@ def questions(
     ] = 0.95,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the sampling.")] = 0,
     device: options.Device = "cpu",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file if it is there. Default: off.")
-    ] = False,
+    overwrite: options.Overwrite = False,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
     verbose: options.Verbose = False,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wpmerge.arch import KINDS, Kind, Layout, Unit
 from wpmerge.attribution import UnitArrays, empty_arrays
-from wpmerge.errors import RecipeError
+from wpmerge.errors import RecipeError, check_ranges
 from wpmerge.plan import Coefficient, Granularity
 from wpmerge.weights import Weights, WeightSource
 
@@ -57,9 +57,7 @@ class RuleSettings:
             "mu": (1e-6, 1e6),
             "max_coefficient": (0.0, 10.0),
         }
-        for name, (low, high) in ranges.items():
-            if not low <= getattr(self, name) <= high:
-                raise RecipeError(f"{name} is out of range", got=getattr(self, name), expected=f"{low} to {high}")
+        check_ranges(self, ranges)
 
 
 def apply_rule(

@@ -6,6 +6,8 @@ import errno
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pydantic import ValidationError
 
 
@@ -57,6 +59,24 @@ class OutputError(WpmergeError):
 
 class EvaluationError(WpmergeError):
     """A task or its data is not at hand, or a model cannot be evaluated."""
+
+
+def check_ranges(
+    settings: object, ranges: Mapping[str, tuple[float, float]], *, kind: type[WpmergeError] = RecipeError
+) -> None:
+    """Refuse settings of which a number is out of its range.
+
+    Args:
+        settings: has the numbers as attributes.
+        ranges: name → least and greatest value, both allowed.
+        kind: of the error.
+
+    Raises:
+        WpmergeError: of the given kind; names the first such number. NaN is in no range.
+    """
+    for name, (low, high) in ranges.items():
+        if not low <= getattr(settings, name) <= high:
+            raise kind(f"{name} is out of range", got=getattr(settings, name), expected=f"{low} to {high}")
 
 
 _NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")

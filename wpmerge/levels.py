@@ -23,7 +23,7 @@ from torch import Tensor
 from wpmerge.arch import Layout
 from wpmerge.calibration import TOLERANCE
 from wpmerge.coefficients import MAX_COEFFICIENT, Grouping, block_of_groups
-from wpmerge.errors import RecipeError
+from wpmerge.errors import check_ranges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,9 +71,7 @@ class RefineSettings:
             "check": (1, 10_000),
             "tolerance": (1e-9, 1e9),
         }
-        for name, (low, high) in ranges.items():
-            if not low <= getattr(self, name) <= high:
-                raise RecipeError(f"{name} is out of range", got=getattr(self, name), expected=f"{low} to {high}")
+        check_ranges(self, ranges)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -92,10 +92,9 @@ def check_output_file(out: Path, *, overwrite: bool) -> None:
         raise OutputError("the output path is a directory", where=out, mend="name a file in it")
     if os.path.lexists(out) and not overwrite:
         raise OutputError("the output file exists", where=out, mend="choose another, or replace it with --overwrite")
-    if not (parent := out.absolute().parent).is_dir():
-        raise OutputError("there is no such directory for the output", where=parent)
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError("cannot write beside the output path", where=out, got=f"{parent}: it may not be written")
+    if not out.absolute().parent.is_dir():
+        raise OutputError("there is no such directory for the output", where=out.absolute().parent)
+    _check_place(out)
 
 
 def check_space(out: Path, *, total: int, largest: int = 0) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from wpmerge.errors import CapabilityError
+from wpmerge.errors import CapabilityError, check_ranges
 from wpmerge.models import Family, end_tokens, generation_model, open_family
 from wpmerge.output import check_output_file, write_own_file
 from wpmerge.readings import Progress, positions
@@ -48,13 +48,14 @@ class QuestionSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        ranges = {"count": (4, 100_000), "longest": (4, 4096), "temperature": (0.01, 10.0), "top_p": (0.01, 1.0)}
-        ranges |= {"seed": (0, 2**63 - 1)}
-        for name, (low, high) in ranges.items():
-            if not low <= getattr(self, name) <= high:
-                raise CapabilityError(
-                    f"{name} is out of range", got=getattr(self, name), expected=f"{low:,} to {high:,}"
-                )
+        ranges = {
+            "count": (4, 100_000),
+            "longest": (4, 4096),
+            "temperature": (0.01, 10.0),
+            "top_p": (0.01, 1.0),
+            "seed": (0, 2**63 - 1),
+        }
+        check_ranges(self, ranges, kind=CapabilityError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

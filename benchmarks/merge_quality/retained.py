@@ -11,7 +11,7 @@ replies less likely by; below 0 more likely. Every merge is read on all four in 
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,13 +19,12 @@ import torch
 
 from benchmarks.merge_quality import prompts
 from benchmarks.reporting import conditions
-from wpmerge.calibration import HeldOutReading, assess, merged_source, read_held_out
+from benchmarks.rules.compare import answered
+from wpmerge.calibration import HeldOutReading, assess, merged_source
 from wpmerge.fusing import open_scored_family
 from wpmerge.models import Family, continuations
 from wpmerge.plan import BASE, Coefficient, load_plan
-from wpmerge.readouts import LogProbReadout
 from wpmerge.retaining import share_out
-from wpmerge.rows import pack
 from wpmerge.scores import load_scores
 from wpmerge.tuning import held_out_readings, reference_limit, scored_readings
 
@@ -49,21 +48,13 @@ def others(family: Family) -> HeldOutReading:
     for seed in range(SEEDS):
         texts += prompts.questions(seed=0)[seed::SEEDS]
         replies += json.loads((KEPT / "replies" / f"@base-{seed}.json").read_text(encoding="utf-8"))["replies"]
-    return answered(family, texts, replies)
+    return answered(family, "", texts, replies)
 
 
 def by_hand(family: Family, limit: int) -> HeldOutReading:
     """The package's plain questions, with the base's own replies."""
     texts = json.loads((ROOT / "wpmerge" / "builtin" / "queries.json").read_text(encoding="utf-8"))
-    return answered(family, texts, continuations(family, "", texts, tokens=limit))
-
-
-def answered(family: Family, texts: Sequence[str], replies: Sequence[Sequence[int]]) -> HeldOutReading:
-    """Questions and what the base has said to them."""
-    heads = [family.chat.prompt_tokens(text) for text in texts]
-    sequences = [[*head, *reply] for head, reply in zip(heads, replies, strict=True)]
-    readout = LogProbReadout(layer=family.layout.layers - 1, sequences=sequences, starts=[len(head) for head in heads])
-    return read_held_out(family.engine, family.weights[""], None, readout, pack(sequences))
+    return answered(family, "", texts, continuations(family, "", texts, tokens=limit))
 
 
 def scaled(coefficients: Mapping[str, Mapping[str, Coefficient]], factor: float) -> dict[str, dict[str, Coefficient]]:

@@ -382,14 +382,17 @@ def test_readings(family: Family, tests: Mapping[str, Sequence[str]], work: Path
         if name not in known or len(known[name]) != len(texts):
             known[name] = continuations(family, model, list(texts), tokens=REPLY)
             store.write_text(json.dumps(known))
-        heads = [family.chat.prompt_tokens(text) for text in texts]
-        sequences = [[*head, *reply] for head, reply in zip(heads, known[name], strict=True)]
-        readout = LogProbReadout(
-            layer=family.layout.layers - 1, sequences=sequences, starts=[len(head) for head in heads]
-        )
-        expert = family.weights[name] if model else None
-        readings[name] = read_held_out(family.engine, family.weights[""], expert, readout, pack(sequences))
+        readings[name] = answered(family, model, texts, known[name])
     return readings
+
+
+def answered(family: Family, model: str, texts: Sequence[str], replies: Sequence[Sequence[int]]) -> HeldOutReading:
+    """Prompts and what a model has said to them; "" is the base, for a retain set."""
+    heads = [family.chat.prompt_tokens(text) for text in texts]
+    sequences = [[*head, *reply] for head, reply in zip(heads, replies, strict=True)]
+    readout = LogProbReadout(layer=family.layout.layers - 1, sequences=sequences, starts=[len(head) for head in heads])
+    expert = family.weights[model] if model else None
+    return read_held_out(family.engine, family.weights[""], expert, readout, pack(sequences))
 
 
 def entry(name: str, seed: int, outcome: RuleOutcome, found: Standing, seconds: float) -> dict[str, Any]:
