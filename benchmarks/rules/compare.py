@@ -196,6 +196,9 @@ def walks() -> dict[str, Variant]:
         "no level of experts": Walk(parts={"expert_weight": 0.0}),
         "no level of blocks": Walk(parts={"block_weight": 0.0}),
         "no level of units": Walk(parts={"group_weight": 0.0}),
+        "no level but that of units, no momentum": Walk(
+            parts={"expert_weight": 0.0, "block_weight": 0.0, "momentum": 0.0}
+        ),
         "no momentum": Walk(parts={"momentum": 0.0}),
         "halves agreed": Walk(agreeing=True),
         "units alike": Walk(alike=True),
