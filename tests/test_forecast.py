@@ -96,9 +96,7 @@ def test_fusing_depends_on_the_rule_and_the_dtype() -> None:
         recipe=free.recipe.model_copy(update={"retain": {"plain": "math"}}),
         capabilities={**free.capabilities, "plain": free.capabilities[EXPERTS[0]]},
     )
-    # as many steps again, over a set more, and merges for factors before and after: benchmarks/results/merge_quality
-    # has 2,560 to 3,110 s for what comes after the first 16 steps, where all without a retain set took 1,150 to 1,450
-    assert 2 * seconds[0] < (fusing_needs(bound).seconds or 0) < 4 * seconds[0]
+    assert 1.2 * seconds[0] < (fusing_needs(bound).seconds or 0) < 2.2 * seconds[0]  # merges for factors
     assert fusing_needs(work(LLAMA2)).written == 10
     refined, scaled = (fusing_needs(work(LLAMA2, rule=MergeRule(name=name))).memory for name in ("refine", "scaled"))
     assert refined is not None and scaled is not None and refined > scaled  # it holds gradients

@@ -124,7 +124,6 @@ def steps() -> Steps:
             block=torch.tensor([1.0, 2.0]),
             group=torch.tensor([0.5, -3.0, number]),
             factor=1.0 - 0.25 * number,
-            later=torch.tensor([0.0, 0.1, -0.1]) if number else None,
         )
         for number, name in enumerate(("a", "b.2"))
     }
@@ -135,8 +134,7 @@ def test_steps_are_kept_beside_the_coefficients(tmp_path):
     plan(steps=steps()).save(tmp_path)
     arrays = safetensors.torch.load_file(tmp_path / "plan.safetensors")
     assert {key for key in arrays if key.startswith("@")} == {
-        *(f"@steps/{expert}/{level}" for expert in ("a", "b.2") for level in ("block", "group")),
-        "@steps/b.2/later",
+        f"@steps/{expert}/{level}" for expert in ("a", "b.2") for level in ("block", "group")
     }
     header = json.loads((tmp_path / "plan.json").read_text())
     factor = {"a": 1.0, "b.2": 0.75}
@@ -148,8 +146,6 @@ def test_steps_are_kept_beside_the_coefficients(tmp_path):
         again = found.steps.added[name]
         assert (again.expert, again.factor) == (added.expert, added.factor)
         assert torch.equal(again.block, added.block) and torch.equal(again.group, added.group)
-        assert (again.later is None) is (added.later is None)
-        assert added.later is None or torch.equal(again.later, added.later)
 
 
 def test_a_plan_of_the_first_version_is_read_and_has_no_steps(tmp_path):

@@ -20,7 +20,7 @@ from wpmerge.memory import Budget
 from wpmerge.models import Family, bounded, open_family
 from wpmerge.readouts import LogProbReadout, ReplyReadout, measure, reply_readout
 from wpmerge.refining import Merging, _Draw, _Walk, _weigh_skill, refine
-from wpmerge.retaining import by_expert, hold_back, keep_to_retain_sets, share_out
+from wpmerge.retaining import by_expert, hold_back, joined, keep_to_retain_sets
 from wpmerge.rows import pack
 
 EXPERTS = ("letters", "marks", "frame")
@@ -131,12 +131,10 @@ def test_steps_improve_what_no_step_saw(demo: Family) -> None:
 
 
 def test_what_is_held_at_once_does_not_matter(demo: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All skills in one run, a retain set in another; or one half after the other, where memory is short or weights are
-    streamed."""
+    """All skills in one run; or one half after the other, where memory is short or weights are streamed."""
     case = of_demo(demo, "block")
     start = torch.full((3, len(case.grouping.names)), 0.6, dtype=torch.float64)
     prompts, settings = readings(demo, 0, 4), RefineSettings(steps=1, batch=4, check=1)
-    prompts |= {"plain": _base_replies(demo, 8, 8)}
     runs, whole = [], Merging.slopes
     monkeypatch.setattr(Merging, "slopes", lambda *given: runs.append(len(given[2])) or whole(*given))
     found = []
@@ -144,7 +142,7 @@ def test_what_is_held_at_once_does_not_matter(demo: Family, monkeypatch: pytest.
         monkeypatch.setattr("wpmerge.refining.STEP_BYTES", held)
         own = dataclasses.replace(case, resident=resident)
         found.append(refine(own, start, prompts, prompts, settings).parts.block)
-    assert runs == [2, 6] + 16 * [1]
+    assert runs == [6] + 12 * [1]
     for other in found[1:]:
         torch.testing.assert_close(found[0], other, rtol=1e-4, atol=1e-6)
 
@@ -153,9 +151,8 @@ def test_a_bound_on_memory_changes_no_more_than_rounding(demo: Family, monkeypat
     """Every prompt by itself, in steps and in looks, with the weights in memory and read from disk."""
     case = of_demo(demo)
     start = torch.full((3, len(case.grouping.names)), 0.6, dtype=torch.float64)
-    plain = {"plain": _base_replies(demo, 8, 4)}
-    prompts, held_out = readings(demo, 0, 8) | plain, readings(demo, 60, 4) | plain
-    prompts = {name: _of_replies(demo, name, each) for name, each in prompts.items()}
+    prompts = {name: _of_replies(demo, name, each) for name, each in readings(demo, 0, 8).items()}
+    held_out = readings(demo, 60, 4)
     settings = RefineSettings(steps=2, batch=6, check=1)
     free = refine(case, start, prompts, held_out, settings)
     runs, whole = [], Merging.slopes
@@ -164,7 +161,7 @@ def test_a_bound_on_memory_changes_no_more_than_rounding(demo: Family, monkeypat
     for resident in (True, False):
         own = bounded(demo, Budget(resident=resident, held_bytes=1))
         found = refine(of_demo(own), start, prompts, held_out, settings)
-        assert runs == (2 * 3 * 6 + 2 * 4) * [[1]]  # in two steps six prompts of each skill, and the retain set's four
+        assert runs == 2 * 3 * 6 * [[1]]  # in two steps six prompts of each skill
         runs.clear()
         torch.testing.assert_close(found.coefficients, free.coefficients, rtol=1e-4, atol=1e-5)
         assert found.best == free.best
@@ -176,8 +173,6 @@ def _of_replies(demo: Family, name: str, reading: HeldOutReading) -> HeldOutRead
     own = reading.readout
     assert isinstance(own, LogProbReadout)
     rows = pack(own.sequences, tokens_per_row=1)
-    if reading.retain:
-        return dataclasses.replace(reading, rows=rows)
     readout = reply_readout(demo.engine, demo.weights[name], rows, own)
     assert isinstance(readout, ReplyReadout)
     before = measure(demo.engine, demo.weights[""], rows, readout).double()
@@ -220,85 +215,57 @@ def test_factors_bring_back_what_a_retain_set_lost(demo: Family) -> None:
     assert set(untouched.factors.values()) == {1.0} and untouched.evaluations == 1
 
 
-def test_steps_keep_what_a_retain_set_may_lose(demo: Family) -> None:
-    """Where nothing is lost yet: the steps win for the skills with and without it, and lose less with it."""
-    case = of_demo(demo, "block")
-    start = torch.full((3, len(case.grouping.names)), 0.2, dtype=torch.float64)
-    skills, plain = readings(demo, 0, 6), {"plain": _base_replies(demo, 8, 8)}
-    settings = RefineSettings(steps=4, batch=6, check=4, rate=0.2)
-    free, bound = (refine(case, start, prompts, skills, settings) for prompts in (skills, skills | plain))
-    lost = [assess(case.engine, case.source(found.coefficients), plain).lost["plain"] for found in (free, bound)]
-    assert lost[1] < 0.7 * lost[0]
-    for found in (free, bound):
-        assert found.standing.worth() > found.checks[0].worth
-
-
-def test_a_merge_is_kept_to_a_retain_set_and_the_rest_won_back(demo: Family) -> None:
-    """Factors first; the steps after them are at least as good, and all that was done adds up."""
+def test_a_merge_is_kept_to_a_retain_set(demo: Family) -> None:
+    """All of its questions decide, those that were scored too; what was done adds up to the coefficients."""
     case = of_demo(demo, "block")
     merge = torch.full((3, len(case.grouping.names)), 0.8, dtype=torch.float64)
-    both, settings = (
-        {**readings(demo, 0, 6), "plain": _base_replies(demo, 8, 8)},
-        RefineSettings(steps=8, batch=6, check=2),
-    )
-    free = refine(case, merge, readings(demo, 0, 6), readings(demo, 0, 6), RefineSettings(steps=0))
-    said: list[str] = []
+    skills, seen, held = readings(demo, 0, 6), _base_replies(demo, 8, 5), _base_replies(demo, 20, 3)
+    free = refine(case, merge, skills, skills, RefineSettings(steps=0))
+    said: list[tuple[int, int]] = []
     keep = partial(
-        keep_to_retain_sets, case, free, both, both, evaluations=20, progress=lambda *new: said.append(new[0])
+        keep_to_retain_sets,
+        case,
+        free,
+        {**skills, "plain": seen},
+        {**skills, "plain": held},
+        evaluations=20,
+        progress=lambda *done: said.append(done),
     )
-    found, evaluations = keep(settings)
-    judges = share_out(both, both)[1]
-    held = hold_back(case, merge, judges, tolerance=0.02, evaluations=20, progress=lambda *_: None)
-    assert found.standing.worth() > held.standing.worth()
-    assert found.standing.excess() < 0.25
+    found, evaluations = keep(tolerance=0.005)
+    judges = {**skills, "plain": joined(held, seen)}
     assert found.standing.lost == case.assess(found.coefficients, judges).lost
-    assert found.kept is not None and bool(found.kept.later.any())
-    assert torch.allclose(found.coefficients, by_expert(case, found.kept.factors) * merge + found.kept.later)
-    assert list(dict.fromkeys(said)) == [
-        "keeping to the retain sets",
-        "refining within the retain sets",
-        "keeping to the retain sets again",
-    ]
-    # looks: at the start, after every second step, at the average of the last four; and at what was found
-    assert evaluations == sum(text.startswith("keeping") for text in said) + 7
+    assert found.standing.excess(0.005) < 0.25 < case.assess(merge, judges).excess(0.005)
+    assert found.factors and all(0.0 <= factor <= 1.0 for factor in found.factors.values())
+    torch.testing.assert_close(found.coefficients, by_expert(case, found.factors) * merge)
+    assert said == [(number, 20) for number in range(1, evaluations + 1)]
     steps = found.steps(EXPERTS)
     for number, name in enumerate(EXPERTS):
-        added = steps.added[name]
-        assert added.later is not None
-        again = added.factor * (0.8 + added.expert) + added.later
+        again = steps.added[name].factor * (0.8 + steps.added[name].expert + torch.zeros(len(case.grouping.names)))
         torch.testing.assert_close(again, found.coefficients[number].float(), atol=1e-5, rtol=0)
-    untouched, once = keep(dataclasses.replace(settings, tolerance=1e3))
-    assert untouched.kept is None and once == 2 and torch.equal(untouched.coefficients, merge)
+    untouched, once = keep(tolerance=1e3)
+    assert not untouched.factors and once == 1 and torch.equal(untouched.coefficients, merge)
+    assert all(added.factor == 1.0 for added in untouched.steps(EXPERTS).added.values())
 
 
-def test_every_other_question_of_a_retain_set_is_kept_from_the_steps_and_decides(demo: Family) -> None:
-    skills, seen, held = readings(demo, 0, 2), _base_replies(demo, 8, 5), _base_replies(demo, 20, 3)
-    steps_on, judges = share_out({**skills, "plain": seen}, {**skills, "plain": held})
-    assert {name: steps_on[name] for name in EXPERTS} == skills == {name: judges[name] for name in EXPERTS}
-    sequences = {name: each["plain"].readout.sequences for name, each in (("on", steps_on), ("by", judges))}
-    assert sequences["on"] == [seen.readout.sequences[number] for number in (0, 2, 4)]
-    assert sequences["by"] == [*held.readout.sequences, seen.readout.sequences[1], seen.readout.sequences[3]]
-    for reading in (steps_on["plain"], judges["plain"]):
-        again = measure(demo.engine, demo.weights[""], reading.rows, reading.readout).double()
-        torch.testing.assert_close(reading.base_items, again, atol=1e-6, rtol=0)
-    one, none = (
-        share_out(prompts, {"plain": held})[1]["plain"] for prompts in ({"plain": _base_replies(demo, 8, 1)}, {})
-    )
-    assert one is none is held  # a single question is the steps'
-
-
-def test_one_step_is_taken_within_the_retain_sets_and_none_where_none_is_asked_for(demo: Family) -> None:
+def test_a_retain_set_that_was_not_scored_decides_by_what_is_held_out(demo: Family) -> None:
     case = of_demo(demo, "block")
     merge = torch.full((3, len(case.grouping.names)), 0.8, dtype=torch.float64)
-    both = {**readings(demo, 0, 2), "plain": _base_replies(demo, 8, 8)}
-    for steps in (0, 1):
-        settings = RefineSettings(steps=steps, batch=2, check=1, tolerance=0.001)
-        free = refine(case, merge, readings(demo, 0, 2), readings(demo, 0, 2), RefineSettings(steps=0))
-        said: list[str] = []
-        keep_to_retain_sets(
-            case, free, both, both, settings, evaluations=1, progress=lambda *new, said=said: said.append(new[0])
-        )
-        assert ("refining within the retain sets" in said) is bool(steps)
+    skills, held = readings(demo, 0, 2), _base_replies(demo, 20, 3)
+    free = refine(case, merge, skills, skills, RefineSettings(steps=0))
+    found, _ = keep_to_retain_sets(
+        case, free, skills, {**skills, "plain": held}, tolerance=0.02, evaluations=1, progress=lambda *_: None
+    )
+    assert found.standing.lost == case.assess(found.coefficients, {**skills, "plain": held}).lost
+
+
+def test_readings_of_a_retain_set_are_joined(demo: Family) -> None:
+    one, other = _base_replies(demo, 20, 3), _base_replies(demo, 8, 2)
+    both = joined(one, other)
+    assert isinstance(one.readout, LogProbReadout) and isinstance(other.readout, LogProbReadout)
+    assert isinstance(both.readout, LogProbReadout) and both.retain
+    assert both.readout.sequences == [*one.readout.sequences, *other.readout.sequences]
+    again = measure(demo.engine, demo.weights[""], both.rows, both.readout).double()
+    torch.testing.assert_close(both.base_items, again, atol=1e-6, rtol=0)
 
 
 def _base_replies(demo: Family, first: int, count: int) -> HeldOutReading:
@@ -330,7 +297,7 @@ def test_a_ridge_takes_away_its_share_of_what_was_added(demo: Family) -> None:
         moves = []
         for number in range(2):
             before = walk.parts.group.clone()
-            walk.step((halves, halves), [], number)
+            walk.step((halves, halves), number)
             moves.append(walk.parts.group - before)
         walks.append(moves)
     (first, second), (ridged_first, ridged_second) = walks

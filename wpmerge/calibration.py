@@ -206,10 +206,6 @@ class Standing:
         """The utility, less :data:`PENALTY` for each tolerance that a retain set may have lost beyond the first."""
         return utility(self.kept) - PENALTY * self.excess(tolerance)
 
-    def behind(self, other: "Standing", tolerance: float = TOLERANCE) -> bool:
-        """Whether it keeps less of the skills than another one and has lost no less beyond the tolerance."""
-        return utility(self.kept) < utility(other.kept) and self.excess(tolerance) >= other.excess(tolerance)
-
 
 def assess(engine: Engine, merged: WeightSource, readings: Mapping[str, HeldOutReading]) -> Standing:
     """Read every capability and retain set in one run, so that a merge is mixed once."""

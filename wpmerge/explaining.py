@@ -149,9 +149,7 @@ def _refined(outcome: RuleOutcome, blocks: Blocks, expert: str, number: int, gro
         return f"refine, moved from {start:.4g} by {value - start:+.3g}" + _bounded(outcome, value)
     added = steps.added[expert]
     parts = (added.expert, float(added.block[blocks[group]]), float(added.group[group]))
-    held = "" if added.factor == 1.0 and added.later is None else f", then times {added.factor:.3g} for the retain sets"
-    if added.later is not None:
-        held += f", and {float(added.later[group]):+.3g} by steps that keep to them"
+    held = "" if added.factor == 1.0 else f", then times {added.factor:.3g} for the retain sets"
     return (
         f"refine, from {start:.4g} by {parts[0]:+.3g} with the whole expert, {parts[1]:+.3g} with its block and "
         f"{parts[2]:+.3g} on its own = {start + sum(parts):.4g}" + _clipped(outcome, start + sum(parts)) + ", "

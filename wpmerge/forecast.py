@@ -16,7 +16,7 @@ from wpmerge.memory import HELD_BYTES, least_memory, least_merging_memory, resid
 from wpmerge.models import layout_from
 from wpmerge.options import byte_size
 from wpmerge.reliability import CANDIDATES
-from wpmerge.retaining import AGAIN, LEAST_EVALUATIONS
+from wpmerge.retaining import LEAST_EVALUATIONS
 from wpmerge.run_recipe import EVALUATED, Judging, RunRecipe
 from wpmerge.sources import Source, itemsize, parameters, shapes_of
 from wpmerge.tuning import TOKENS_PER_ROW
@@ -160,15 +160,14 @@ def fusing_needs(work: Workload) -> Needs:
     seconds = (OPENING + MERGING) * work.models
     again = 0  # merges run for retain sets, once the steps are taken
     if rule.name == "refine" and work.recipe.retain:
-        again = max(LEAST_EVALUATIONS, rule.evaluations - looks) + (CHECKS + AGAIN if rule.steps else 0)
+        again = max(LEAST_EVALUATIONS, rule.evaluations - looks)
     for name, capability in work.capabilities.items():
         each = _tokens(capability, settings.reference_tokens, anchor=False)
         retained = bool(again) and name in work.recipe.retain
         read = (settings.held_out + settings.prompts) * again if retained else settings.held_out * (looks + again)
         seconds += FORWARD * read * each
-        if rule.name == "refine":
-            steps = (0 if retained else rule.steps) + (rule.steps if again else 0)
-            seconds += LINEAR * steps * rule.batch * each * work.each_expert
+        if rule.name == "refine" and not retained:
+            seconds += LINEAR * rule.steps * rule.batch * each * work.each_expert
     sizes = {"float32": 4, "bfloat16": 2, "float16": 2}
     wanted = work.recipe.output.dtype
     written = work.nbytes if wanted is None else int(work.billions * BILLION) * sizes[wanted]

@@ -21,9 +21,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from wpmerge.arch import Layout
-from wpmerge.calibration import TOLERANCE
 from wpmerge.coefficients import MAX_COEFFICIENT, Grouping, block_of_groups
 from wpmerge.errors import check_ranges
+
+Halves = tuple[Float[Tensor, "E G"], Float[Tensor, "E G"]]
+"""A gradient on two halves of the prompts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,6 @@ class RefineSettings:
         block_weight: τ of a block's.
         group_weight: τ of a group's own.
         check: steps between two looks at the held-out prompts.
-        tolerance: what a retain set may lose, nats per token.
         max_coefficient: λ_max.
         seed: of the batches.
 
@@ -57,7 +58,6 @@ class RefineSettings:
     block_weight: float = 0.2
     group_weight: float = 0.5
     check: int = 4
-    tolerance: float = TOLERANCE
     max_coefficient: float = MAX_COEFFICIENT
     seed: int = 0
 
@@ -69,7 +69,6 @@ class RefineSettings:
             "momentum": (0.0, 0.999),
             "ridge": (0.0, 1.0),
             "check": (1, 10_000),
-            "tolerance": (1e-9, 1e9),
         }
         check_ranges(self, ranges)
 
@@ -167,10 +166,8 @@ def together(levels: Levels, parts: Parts) -> Float[Tensor, "E G"]:
     return (levels.start + laid_out(levels, parts)).clamp(0.0, levels.highest)
 
 
-def direction(
-    levels: Levels, halves: tuple[Float[Tensor, "E G"], Float[Tensor, "E G"]], coefficients: Float[Tensor, "E G"]
-) -> tuple[Parts, Float[Tensor, ""]]:
-    """The step of rate 1 along what two halves of the prompts agree on, and ‖∂U‖.
+def direction(levels: Levels, halves: Halves, coefficients: Float[Tensor, "E G"]) -> Parts:
+    """The step of rate 1 along what two halves of the prompts agree on.
 
     What pushes a coefficient out of its bounds does not count.
 
@@ -189,10 +186,9 @@ def direction(
         agreed = ((p * a * b).sum() / square.clamp_min(1e-30)).clamp(0.0, 1.0)
         weights.append(weight * agreed)
         size = size + weight * agreed * square
-    norm = size.sqrt()
-    by = 1.0 / norm.clamp_min(1e-12)
+    by = 1.0 / size.sqrt().clamp_min(1e-12)
     expert, block, group = (weight * p * way * by for weight, p, way in zip(weights, ease, followed, strict=True))
-    return Parts(expert=expert, block=block, group=group), norm
+    return Parts(expert=expert, block=block, group=group)
 
 
 def _per_level(levels: Levels, gradient: Float[Tensor, "E G"]) -> tuple[Tensor, Tensor, Tensor]:

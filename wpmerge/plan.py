@@ -106,20 +106,18 @@ class Added:
         block: to those of a block, by :func:`~wpmerge.coefficients.block_of_groups`.
         group: to those of a group alone, in the order of :func:`~wpmerge.coefficients.make_grouping`.
         factor: what the expert's coefficients, once added up and clipped, were multiplied with for the retain sets.
-        later: what was added to each group's then, by steps that keep to the retain sets; None without any.
     """
 
     expert: float
     block: Float[Tensor, " B"]
     group: Float[Tensor, " G"]
     factor: float = 1.0
-    later: Float[Tensor, " G"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Steps:
     """How ``refine`` came to its coefficients: each is its start and what was added, clipped to
-    [0, λ_max]; with retain sets times the expert's factor, and what later steps added.
+    [0, λ_max]; with retain sets times the expert's factor.
 
     Attributes:
         step: after how many steps.
@@ -229,8 +227,6 @@ class Plan:
         }
         for expert, added in ({} if self.steps is None else self.steps.added).items():
             arrays |= {f"{STEPS}/{expert}/block": added.block.clone(), f"{STEPS}/{expert}/group": added.group.clone()}
-            if added.later is not None:
-                arrays[f"{STEPS}/{expert}/later"] = added.later.clone()
         header = _PlanFile(
             schema_version=SCHEMA_VERSION,
             rule=self.rule,
@@ -345,7 +341,7 @@ def load_plan(directory: Path) -> Plan:
 def _steps(header: _StepsFile, experts: Sequence[str], arrays: SafetensorsFile) -> Steps:
     added = {}
     for name in experts:
-        held = {level: arrays.tensors.get(f"{STEPS}/{name}/{level}") for level in ("block", "group", "later")}
+        held = {level: arrays.tensors.get(f"{STEPS}/{name}/{level}") for level in ("block", "group")}
         found = {level: arrays.read(info.name, 0, info.numel) for level, info in held.items() if info is not None}
         if not {"block", "group"} <= found.keys() or name not in header.expert:
             raise RecipeError("a plan lacks the steps of an expert", where=arrays.path, got=name)

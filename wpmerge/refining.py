@@ -3,7 +3,7 @@
 At the merge of the moment, one forward and one backward run of all capabilities' prompts give ∂U/∂λ for every expert
 and every group of parameters at once. A step follows the gradient of the utility Σ_f log(ε + min(1, R̂_f)) on a batch of
 prompts, as far as two halves of it agree; prompts that no step sees decide where to stop (docs/method.md, "From scores
-to a merge"). With retain sets among the prompts it keeps what these may lose (:mod:`wpmerge.retain_steps`).
+to a merge"). Retain sets have their say afterwards (:mod:`wpmerge.retaining`).
 
 Shape suffixes: E experts, G groups.
 """
@@ -22,16 +22,15 @@ from torch import Tensor
 
 from wpmerge.arch import KINDS, MODEL_KINDS, Kind, Layout
 from wpmerge.attribution import UnitArrays
-from wpmerge.calibration import EPSILON, HeldOutReading, Standing, assess, merged_source
+from wpmerge.calibration import EPSILON, HeldOutReading, Standing, assess, merged_source, utility
 from wpmerge.coefficients import Grouping, group_scores, squared_norms, tensor_coefficients
 from wpmerge.engine import Engine
 from wpmerge.gradients import Term, directional_sums
-from wpmerge.levels import Levels, Parts, RefineSettings, laid_out, make_levels, no_parts, together
+from wpmerge.levels import Halves, Levels, Parts, RefineSettings, direction, make_levels, no_parts, together
 from wpmerge.memory import FLOAT, stream_per_token
 from wpmerge.pieces import Forget, Keeper
 from wpmerge.plan import Added, Coefficient, Steps
 from wpmerge.readouts import LogProbReadout, ReplyReadout, measure
-from wpmerge.retain_steps import Halves, Known, Retained, held_back
 from wpmerge.rows import Row, pack, row_groups
 from wpmerge.weights import Weights, WeightSource
 
@@ -41,10 +40,6 @@ HALVES = 2
 STEP_BYTES = 1 << 29
 """Residual streams that a step holds at once, bytes; those of half of one capability's prompts at least.
 A bound of the user's on memory stands in its place."""
-MARGIN = 0.5
-"""Share of the tolerance that steps let a retain set lose: other prompts may lose more."""
-HORIZON = 3.0
-"""Steps in which a retain set gets back what it lost too much, or may lose what is left to lose."""
 LEAST_KEPT = 0.05
 """Retention below which a lost skill pulls no harder."""
 
@@ -60,30 +55,17 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Kept:
-    """What was done for the retain sets after steps that knew nothing of them.
-
-    Attributes:
-        factors: expert → what its coefficients were multiplied with.
-        later: what steps that keep to the retain sets have added then.
-    """
-
-    factors: Mapping[str, float]
-    later: Float[Tensor, "E G"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Refined:
     """Where ``refine`` stopped.
 
     Attributes:
         coefficients: λ.
-        parts: what was added to the start; λ is their sum, clipped to [0, λ_max], if no retain set had a say.
+        parts: what was added to the start; λ is their sum, clipped to [0, λ_max], times the factors.
         standing: of the merge on the held-out prompts.
         checks: every look at them, until retain sets had a say; the first is the start's, the best one's coefficients
             are returned.
         best: number of the best of ``checks``.
-        kept: what was done for retain sets afterwards; None for nothing.
+        factors: expert → what its coefficients were multiplied with for retain sets; empty where that took nothing.
     """
 
     coefficients: Float[Tensor, "E G"]
@@ -91,18 +73,20 @@ class Refined:
     standing: Standing
     checks: tuple[Check, ...]
     best: int
-    kept: Kept | None = None
+    factors: Mapping[str, float] = field(default_factory=dict)
 
     def steps(self, experts: Sequence[str]) -> Steps:
         """What was added to each expert's start, as a plan keeps it."""
         parts, best = self.parts, self.checks[self.best]
         added = {
-            name: Added(expert=float(whole.float()), block=block.float(), group=group.float())
+            name: Added(
+                expert=float(whole.float()),
+                block=block.float(),
+                group=group.float(),
+                factor=self.factors.get(name, 1.0),
+            )
             for name, whole, block, group in zip(experts, parts.expert[:, 0], parts.block, parts.group, strict=True)
         }
-        if self.kept is not None:
-            for name, later in zip(experts, self.kept.later, strict=True):
-                added[name] = replace(added[name], factor=self.kept.factors[name], later=later.float())
         return Steps(step=best.step, averaged=best.averaged, added=added)
 
 
@@ -234,7 +218,7 @@ def refine(
     Args:
         merging: what is merged.
         start: λ before the first step.
-        prompts: per capability and retain set what steps are taken on: references, each half of a batch by itself.
+        prompts: per capability what steps are taken on: references, each half of a batch by itself.
         held_out: what decides where to stop; no step sees it.
         settings: see :class:`RefineSettings`.
         progress: called with the steps done and in all.
@@ -247,15 +231,13 @@ def refine(
         name: _Draw(count=reading.readout.items, chance=random.Random(f"{settings.seed}/{name}"))
         for name, reading in prompts.items()
     }
-    known = _known(merging, start, prompts)
     walk = _Walk(merging, levels, held_out, settings)
     walk.look(no_parts(levels), 0)
     for step in range(settings.steps):
         if progress is not None:
             progress(step, settings.steps)
         taken = {name: draw.take(settings.batch) for name, draw in draws.items()}
-        slopes = _batch_slopes(merging, together(levels, walk.parts), prompts, taken, known)
-        walk.step(slopes[""], [(slopes[name], known[name].lost) for name in known], step)
+        walk.step(_batch_slopes(merging, together(levels, walk.parts), prompts, taken), step)
     if progress is not None:
         progress(settings.steps, settings.steps)
     return walk.result()
@@ -266,33 +248,19 @@ def _batch_slopes(
     values: Float[Tensor, "E G"],
     prompts: Mapping[str, HeldOutReading],
     taken: Mapping[str, Sequence[int]],
-    known: Mapping[str, Known],
-) -> dict[str, Halves]:
-    """The gradients at a merge on a batch of prompts: of the utility under "", of each retain set under its name.
-
-    What the retain sets have changed by is brought up to date in ``known``. Both are read once, even if the run is
-    killed and repeated.
-    """
-    batch = [(name, _tokens(prompts[name]), list(items)) for name, items in taken.items()]
-    changes = {name: each.changes for name, each in known.items()}
-    key = f"step-{_digest(values, batch, *changes.values())}"
+) -> Halves:
+    """The utility's gradient at a merge on a batch of prompts; read once, even if the run is killed and repeated."""
+    key = f"step-{_digest(values, [(name, _tokens(prompts[name]), list(items)) for name, items in taken.items()])}"
     if (found := merging.kept.get(key)) is not None:
-        for name, change in changes.items():
-            change.copy_(found[f"changes/{name}"])
-        return {name: tuple(found[f"slopes/{name}"]) for name in ("", *known)}
-    merged = merging.source(values)
-    utility: list[Term] = []
-    slopes: dict[str, Halves] = {}
-    for name, reading in prompts.items():
-        items = taken[name]
-        terms = [_term(reading, items[half::HALVES] or items, half, known.get(name)) for half in range(HALVES)]
-        if reading.retain:  # a run of its own: it has a gradient of its own
-            slopes[name] = _slopes(merging, merged, terms)
-        else:
-            utility += terms
-    slopes[""] = _slopes(merging, merged, utility)
-    made = {f"slopes/{name}": torch.stack(each) for name, each in slopes.items()}
-    merging.kept.put(key, made | {f"changes/{name}": change for name, change in changes.items()})
+        one, other = found["slopes"]
+        return one, other
+    terms = [
+        _term(reading, taken[name][half::HALVES] or taken[name], half)
+        for name, reading in prompts.items()
+        for half in range(HALVES)
+    ]
+    slopes = _slopes(merging, merging.source(values), terms)
+    merging.kept.put(key, {"slopes": torch.stack(slopes)})
     return slopes
 
 
@@ -301,22 +269,11 @@ def _tokens(reading: HeldOutReading) -> list[list[int]]:
     return [list(each) for each in reading.readout.sequences]
 
 
-def _digest(values: Float[Tensor, "E G"], asked: object, *more: Tensor) -> str:
+def _digest(values: Float[Tensor, "E G"], asked: object) -> str:
     """A key: equal for the same coefficients and the same prompts."""
     digest = hashlib.sha256(json.dumps(asked).encode())
-    for each in (values, *more):
-        digest.update(each.double().cpu().contiguous().numpy().tobytes())
+    digest.update(values.double().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
-
-
-def _known(merging: Merging, start: Float[Tensor, "E G"], prompts: Mapping[str, HeldOutReading]) -> dict[str, Known]:
-    """What the prompts of every retain set have changed by before the first step."""
-    merged = merging.source(start)
-    return {
-        name: Known(changes=measure(merging.engine, merged, each.rows, each.readout).double().cpu() - each.base_items)
-        for name, each in prompts.items()
-        if each.retain
-    }
 
 
 def _slopes(merging: Merging, merged: WeightSource, terms: Sequence[Term]) -> Halves:
@@ -375,16 +332,13 @@ def _together(merging: Merging, terms: Sequence[Term]) -> list[list[Term]]:
     return found
 
 
-def _term(reading: HeldOutReading, items: Sequence[int], half: int, known: Known | None) -> Term:
-    """Some prompts: a capability's part of the utility; of a retain set the mean, and what they were is known then."""
+def _term(reading: HeldOutReading, items: Sequence[int], half: int) -> Term:
+    """Some prompts of a capability: their part of the utility."""
     assert isinstance(reading.readout, (LogProbReadout, ReplyReadout)), "steps are taken on references"
+    assert reading.expert_items is not None, "a capability has an expert"
     readout = reading.readout.some(items)
     before = reading.base_items[list(items)]
-    if known is not None:
-        weigh = partial(known.weigh, before=before, items=items)
-    else:
-        assert reading.expert_items is not None, "a capability has an expert"
-        weigh = partial(_weigh_skill, before=before, gap=float((reading.expert_items[list(items)] - before).mean()))
+    weigh = partial(_weigh_skill, before=before, gap=float((reading.expert_items[list(items)] - before).mean()))
     return Term(rows=pack(readout.sequences, tokens_per_row=TOKENS_PER_ROW), readout=readout, weigh=weigh, total=half)
 
 
@@ -415,38 +369,30 @@ class _Walk:
     def look(self, parts: Parts, step: int, *, averaged: bool = False) -> float:
         """Judge by the held-out prompts, and remember the best; the earlier of equals."""
         standing = self._merging.assess(together(self._levels, parts), self._held_out)
-        worth = standing.worth(self._settings.tolerance)
+        worth = utility(standing.kept)
         self._checks.append(Check(step=step, averaged=averaged, standing=standing, worth=worth))
         if worth > self._best[0]:
             self._best, self._best_check = (worth, parts), len(self._checks) - 1
         return worth
 
-    def step(self, halves: Halves, retained: Sequence[tuple[Halves, float]], number: int) -> None:
+    def step(self, halves: Halves, number: int) -> None:
         """Move, and look at the held-out prompts when it is time; from where they got worse, go back and go slower.
 
         Args:
-            halves: ∂U.
-            retained: of each retain set the gradient of its log-probability on some prompts, and what all have lost.
+            halves: ∂U on two halves of the prompts.
             number: of the step.
         """
         settings = self._settings
         rate = self._rate * (1.0 - number / settings.steps)
-        fresh, carried = 1.0 - settings.momentum, laid_out(self._levels, self._way)
-        sets = []
-        for slopes, lost in retained:
-            wanted = (lost - MARGIN * settings.tolerance) / (HORIZON * rate)  # of the step that is taken
-            brought = settings.momentum * float(((slopes[0] + slopes[1]) / 2 * carried).sum())
-            sets.append(Retained(slopes=slopes, wanted=(wanted - brought) / fresh))
-        aim = held_back(self._levels, halves, sets, together(self._levels, self.parts))
-        self._way = no_parts(self._levels).plus(self._way, settings.momentum).plus(aim, fresh)
+        aim = direction(self._levels, halves, together(self._levels, self.parts))
+        self._way = no_parts(self._levels).plus(self._way, settings.momentum).plus(aim, 1.0 - settings.momentum)
         self.parts = no_parts(self._levels).plus(self.parts, 1.0 - settings.ridge * rate).plus(self._way, rate)
         if number >= settings.steps // 2:
             self._sum, self._summed = self._sum.plus(self.parts, 1.0), self._summed + 1
         last = number + 1 == settings.steps
         if last or (number + 1) % settings.check == 0:
-            best = self._checks[self._best_check].standing
-            self.look(self.parts, number + 1)
-            if self._checks[-1].standing.behind(best, settings.tolerance) and not last:
+            best = self._best[0]
+            if self.look(self.parts, number + 1) < best and not last:
                 self.parts, self._way, self._rate = self._best[1], no_parts(self._levels), self._rate / 2
         if last and self._summed > 1:
             self.look(no_parts(self._levels).plus(self._sum, 1.0 / self._summed), number + 1, averaged=True)

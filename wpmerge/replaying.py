@@ -129,12 +129,11 @@ def _checked(plan: Plan, layout: Layout, grouping: Grouping) -> Steps | None:
     """The plan's steps, if each block and group has its number."""
     blocks = int(block_of_groups(layout, grouping).max()) + 1
     for name, added in ({} if plan.steps is None else plan.steps.added).items():
-        later = added.group if added.later is None else added.later
-        if (len(added.block), len(added.group), len(later)) != (blocks, *[len(grouping.names)] * 2):
+        if (len(added.block), len(added.group)) != (blocks, len(grouping.names)):
             raise RecipeError(
                 "a plan's steps do not fit the model",
                 where=f"expert {name}",
-                got=f"{len(added.block)} blocks, {len(added.group)} and {len(later)} groups",
+                got=f"{len(added.block)} blocks, {len(added.group)} groups",
                 expected=f"{blocks} blocks, {len(grouping.names)} groups",
                 mend="fuse again",
             )

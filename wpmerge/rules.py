@@ -111,7 +111,7 @@ class FuseSettings:
                 expected="unit, block or tensor",
                 mend="use another granularity, or --rule scaled",
             )
-        if self.tolerance <= 0:
+        if not self.tolerance > 0:
             raise RecipeError("tolerance is out of range", got=self.tolerance, expected="more than 0 nats per token")
 
     @property
@@ -133,7 +133,6 @@ class FuseSettings:
             steps=self.steps,
             batch=self.batch,
             ridge=self.ridge,
-            tolerance=self.tolerance,
             max_coefficient=self.max_coefficient,
             seed=self.seed,
         )
@@ -214,8 +213,8 @@ class RuleOutcome:
         if self.refined is not None:
             found["checks"] = [[check.step, round(check.worth, 6)] for check in self.refined.checks]
             found["best_check"] = self.refined.best
-            if self.refined.kept is not None:
-                found["factors"] = dict(self.refined.kept.factors)
+            if self.refined.factors:
+                found["factors"] = dict(self.refined.factors)
         return found
 
 
@@ -276,9 +275,9 @@ def coefficients_for(
             refined,
             steps_on,
             readings,
-            settings.refine_settings,
+            tolerance=settings.tolerance,
             evaluations=settings.evaluations - used,
-            progress=tell,
+            progress=lambda done, total: tell("keeping to the retain sets", done, total),
         )
         used += tried
     return rule.outcome(scales, numbers, standing=refined.standing, evaluations=used, refined=refined)

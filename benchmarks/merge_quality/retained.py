@@ -3,10 +3,10 @@
     python -m benchmarks.merge_quality.retained [--smollm2 .family] [--subset format+math …] [--seed 0]
 
 Of SmolLM2's kept plans: `refine` as it is and with all coefficients multiplied by .8, .6 and .4, and `refine` with a
-retain set. "seen" are the retain set's questions that steps may be taken on, "judges" those that decide; the base has
-asked both of itself. "by hand" are 60 questions of one kind that were the retain set before, and "others" the
-benchmark's of all its seeds, in other words and of other kinds. Nats per token that the merge finds the base's own
-replies less likely by; below 0 more likely. Every merge is read on all four in one run. The last line is JSON.
+retain set. "judges" are the retain set's questions, which the base asked itself and which decide. "by hand" are 60
+questions of one kind that were the retain set before, and "others" the benchmark's of all its seeds, in other words and
+of other kinds. Nats per token that the merge finds the base's own replies less likely by; below 0 more likely. Every
+merge is read on all three in one run. The last line is JSON.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from wpmerge.calibration import HeldOutReading, assess, merged_source
 from wpmerge.fusing import open_scored_family
 from wpmerge.models import Family, continuations
 from wpmerge.plan import BASE, Coefficient, load_plan
-from wpmerge.retaining import share_out
+from wpmerge.retaining import joined
 from wpmerge.scores import load_scores
 from wpmerge.tuning import held_out_readings, reference_limit, scored_readings
 
@@ -76,10 +76,9 @@ def main() -> None:
     models = {BASE: str(given.smollm2 / "base"), **{name: str(given.smollm2 / name) for name in SKILLS}}
     family = open_scored_family(scores, models, device="cpu", resident=True, trust_remote_code=False)
     plain = replace(scores, capabilities={name: each for name, each in scores.capabilities.items() if each.retain})
-    steps_on, judges = share_out(scored_readings(family, plain, ()), held_out_readings(family, plain, ()))
+    sets = [only_retain(read(family, plain, ())) for read in (held_out_readings, scored_readings)]
     readings = {
-        "seen": only_retain(steps_on),
-        "judges": only_retain(judges),
+        "judges": joined(*sets),
         "by hand": by_hand(family, reference_limit(scores)),
         "others": others(family),
     }
