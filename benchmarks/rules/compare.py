@@ -187,6 +187,10 @@ def walked(settings: Walk, family: Family, scores: Scores) -> RuleOutcome:
     )
 
 
+PLAIN = "no level but that of units, no momentum"
+UNITS_ALONE = {"expert_weight": 0.0, "block_weight": 0.0, "momentum": 0.0}
+
+
 def walks() -> dict[str, Variant]:
     """Name → ``refine`` with another start, or without one of its parts."""
     changed = {
@@ -196,9 +200,7 @@ def walks() -> dict[str, Variant]:
         "no level of experts": Walk(parts={"expert_weight": 0.0}),
         "no level of blocks": Walk(parts={"block_weight": 0.0}),
         "no level of units": Walk(parts={"group_weight": 0.0}),
-        "no level but that of units, no momentum": Walk(
-            parts={"expert_weight": 0.0, "block_weight": 0.0, "momentum": 0.0}
-        ),
+        PLAIN: Walk(parts=UNITS_ALONE),
         "no momentum": Walk(parts={"momentum": 0.0}),
         "halves agreed": Walk(agreeing=True),
         "units alike": Walk(alike=True),
@@ -242,6 +244,7 @@ def variants() -> dict[str, Variant]:
     found["refine unit, ridge .05"] = (FuseSettings(rule="refine", ridge=0.05), _same)
     for count in (4, 8, 16, 32):
         found[f"refine unit, {count} prompts"] = (FuseSettings(rule="refine"), _first(count))
+        found[f"refine unit, {count} prompts, {PLAIN}"] = (Walk(parts=UNITS_ALONE), _first(count))
     return found
 
 
