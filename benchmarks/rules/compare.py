@@ -201,6 +201,8 @@ def walks() -> dict[str, Variant]:
         "no level of blocks": Walk(parts={"block_weight": 0.0}),
         "no level of units": Walk(parts={"group_weight": 0.0}),
         PLAIN: Walk(parts=UNITS_ALONE),
+        f"{PLAIN}, no halves": Walk(parts=UNITS_ALONE, agreeing=True),
+        f"{PLAIN}, no halves, half the rate": Walk(parts={**UNITS_ALONE, "rate": 0.25}, agreeing=True),
         "no momentum": Walk(parts={"momentum": 0.0}),
         "halves agreed": Walk(agreeing=True),
         "units alike": Walk(alike=True),
