@@ -1,9 +1,11 @@
 """The numbers behind one coefficient: those in the sentence are those of the outcome and the scores."""
 
+import dataclasses
 import re
 from typing import Any
 
 import pytest
+import torch
 from test_fusing import GIVEN
 from test_rules import decide, scored
 
@@ -81,20 +83,26 @@ def test_clipping_is_said(scored: tuple[Family, Scores]) -> None:
 
 def test_refine_adds_up(scored: tuple[Family, Scores]) -> None:
     outcome, found = sentences(scored, "neuron.1.3", rule="refine", scales=GIVEN, steps=4, batch=6)
-    for number, text in enumerate(found.values()):
-        parts = re.search(
-            rf"from ({NUMBER}) by ({NUMBER}) with the whole expert, ({NUMBER}) with its block and "
-            rf"({NUMBER}) on its own = ({NUMBER})",
-            text,
-        )
+    for number, (expert, text) in enumerate(found.items()):
+        parts = re.search(rf"from ({NUMBER}) by ({NUMBER}) = ({NUMBER})", text)
         assert parts
-        start, *added, total = map(float, parts.groups())
-        assert start + sum(added) == pytest.approx(total, abs=0.01)
-        value = float(outcome.values[number, group(outcome, "neuron.1.3")])
+        start, added, total = map(float, parts.groups())
+        assert start == GIVEN[expert] and start + added == pytest.approx(total, abs=0.01)
         held = re.search(rf", then times ({NUMBER}) for the retain sets", text)
-        assert (held is None) is (outcome.steps.added[list(found)[number]].factor == 1.0)
+        assert (held is None) is (expert not in outcome.factors)
         factor = float(held[1]) if held else 1.0
-        assert value == pytest.approx(factor * min(1.5, max(0.0, total)), abs=2e-3)
+        assert float(outcome.values[number, group(outcome, "neuron.1.3")]) == pytest.approx(factor * total, abs=2e-3)
+
+
+def test_refine_tells_of_factors_and_bounds(scored: tuple[Family, Scores]) -> None:
+    outcome = decide(scored, rule="refine", scales=GIVEN, steps=0)
+    first, second = GIVEN
+    values, place = outcome.values.clone(), group(outcome, "neuron.1.3")
+    values[:, place] = torch.tensor([0.75, 0.0])
+    held = dataclasses.replace(outcome, values=values, factors={first: 0.5, second: 0.0})
+    one, other = explain(held, scored[0].layout, "neuron.1.3")
+    assert f"from {GIVEN[first]:.4g} by {1.5 - GIVEN[first]:+.3g} = 1.5, clipped to 1.5, then times 0.5 for the" in one
+    assert f"from {GIVEN[second]:.4g}, then times 0 for the retain sets;" in other
 
 
 def test_coarser_groups_are_found_by_their_units(scored: tuple[Family, Scores]) -> None:

@@ -9,7 +9,7 @@ from tiny import CONFIGS, ModelWeights, tiny_model
 from wpmerge.arch import Layout, Slice
 from wpmerge.engine import Engine
 from wpmerge.estimators import completeness
-from wpmerge.gradients import Term, directional, directional_sums, integrated, interpolated, state_gradients
+from wpmerge.gradients import Term, directional, directional_sum, integrated, interpolated, state_gradients
 from wpmerge.readouts import AnchorReadout, LogProbReadout, Readout, measure, read_states, trace
 from wpmerge.rows import pack
 
@@ -79,8 +79,8 @@ def test_directional_is_autograd_through_the_whole_model(model_type: str, readin
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-def test_sums_are_those_of_their_terms_each_with_its_weights(model_type: str) -> None:
-    """Three terms in two sums, one run; and a sum of a term that weighs nothing."""
+def test_a_sum_is_that_of_its_terms_each_with_its_weights(model_type: str) -> None:
+    """Three terms, one of which weighs nothing; and one such alone."""
     models = [ModelWeights.of(tiny_model(model_type, seed=seed, dtype=torch.float64)) for seed in (0, 1, 2)]
     base, experts = models[0], models[1:]
     engine = Engine(base.layout, dtype=torch.float64)
@@ -94,24 +94,24 @@ def test_sums_are_those_of_their_terms_each_with_its_weights(model_type: str) ->
 
     rows = [pack(part.sequences) for part in parts]
     terms = [
-        Term(rows=rows[0], readout=parts[0], weigh=twice_the_square, total=1),
-        Term(rows=rows[1], readout=parts[1], total=0),
-        Term(rows=rows[2], readout=parts[2], weigh=lambda _: torch.tensor([3.0]), total=1),
-        Term(rows=rows[0], readout=parts[0], weigh=torch.zeros_like, total=2),
+        Term(rows=rows[0], readout=parts[0], weigh=twice_the_square),
+        Term(rows=rows[1], readout=parts[1]),
+        Term(rows=rows[2], readout=parts[2], weigh=lambda _: torch.tensor([3.0])),
+        Term(rows=rows[0], readout=parts[0], weigh=torch.zeros_like),
     ]
-    sums = directional_sums(engine, base, base, experts, terms, totals=3)
+    sums = directional_sum(engine, base, base, experts, terms)
+    nothing = directional_sum(engine, base, base, experts, terms[3:])
     single = [
         directional(engine, base, base, experts, pack([each]), whole.some([n])) for n, each in enumerate(SEQUENCES)
     ]
     torch.testing.assert_close(seen[0], measure(engine, base, rows[0], parts[0]))
     for number in range(len(experts)):
-        for kind, array in sums[1][number].items():
+        for kind, array in sums[number].items():
             own = [each[number][kind] for each in single]
-            expected = 2.0 * seen[0][0] * own[0] + 2.0 * seen[0][1] * own[1] + 3.0 * own[3]
+            expected = 2.0 * seen[0][0] * own[0] + 2.0 * seen[0][1] * own[1] + own[2] + 3.0 * own[3]
             close = {"rtol": 0, "atol": 1e-5 * float(expected.abs().max())}  # the models' norms compute in float32
             torch.testing.assert_close(array, expected, **close, msg=kind)
-            torch.testing.assert_close(sums[0][number][kind], own[2], **close, msg=kind)
-            assert not sums[2][number][kind].any(), kind
+            assert not nothing[number][kind].any(), kind
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_a_merge_is_planned_with_all_experts_and_one_row(layout: Layout, monkeyp
     assert f"{least / 1e6:,.0f} MB" in str(caught.value.expected) and "shorter prompts" in str(caught.value.mend)
     more = 4 * outer + 4 * max(7 * layer, (6 * outer + 4 * (outer + 4 * matrix)) // 4) - streamed
     units = sum(layers * count for layers, count in map(layout.shape, layout.counts))
-    steps = least + more + 8 * 16 * units * 2
+    steps = least + more + 8 * 12 * units * 2
     assert not merging_budget(layout, 2, most=steps, longest=10, gradients=True).resident
     with pytest.raises(WpmergeError, match="does not fit"):
         merging_budget(layout, 2, most=steps - 1, longest=10, gradients=True)

@@ -7,7 +7,7 @@ from checkpoints import family
 
 from wpmerge.checkpoint import open_checkpoint
 from wpmerge.errors import RecipeError
-from wpmerge.plan import Added, Coefficient, InputModel, Plan, Steps, check_plan, load_plan
+from wpmerge.plan import Coefficient, InputModel, Plan, check_plan, load_plan
 
 INPUT = InputModel(source="owner/base", content_hash="sha256:0")
 
@@ -55,7 +55,7 @@ def test_the_files_are_as_documented(tmp_path):
     assert set(arrays) == {"a/x.weight", "a/y", "b.2/x.weight", "b.2/y"}
     assert arrays["a/y"].shape == ()
     header = json.loads((tmp_path / "plan.json").read_text())
-    assert header["schema_version"] == 3 and header["steps"] is None
+    assert header["schema_version"] == 4 and "steps" not in header
     assert header["axes"] == {"a/x.weight": 0, "b.2/x.weight": 1}
     assert header["experts"]["b.2"] == {"source": "x", "content_hash": "h", "adapter": True}
     assert (tmp_path / "plan.safetensors").stat().st_mode & 0o044 == 0o044
@@ -96,7 +96,7 @@ def test_a_malformed_coefficient_cannot_be_made(values, axis):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda h: h.update(schema_version=4), "unknown schema version"),
+        (lambda h: h.update(schema_version=5), "unknown schema version"),
         (lambda h: h.pop("schema_version"), "unknown schema version"),
         (lambda h: h.pop("rule"), "rule: Field required"),
         (lambda h: h.update(extra=1), "extra: Extra inputs"),
@@ -117,70 +117,25 @@ def test_a_damaged_header_is_refused(tmp_path, change, complaint):
         load_plan(tmp_path)
 
 
-def steps() -> Steps:
-    added = {
-        name: Added(
-            expert=number + 0.25,
-            block=torch.tensor([1.0, 2.0]),
-            group=torch.tensor([0.5, -3.0, number]),
-            factor=1.0 - 0.25 * number,
-        )
-        for number, name in enumerate(("a", "b.2"))
-    }
-    return Steps(step=12, averaged=True, added=added)
-
-
-def test_steps_are_kept_beside_the_coefficients(tmp_path):
-    plan(steps=steps()).save(tmp_path)
-    arrays = safetensors.torch.load_file(tmp_path / "plan.safetensors")
-    assert {key for key in arrays if key.startswith("@")} == {
-        f"@steps/{expert}/{level}" for expert in ("a", "b.2") for level in ("block", "group")
-    }
-    header = json.loads((tmp_path / "plan.json").read_text())
-    factor = {"a": 1.0, "b.2": 0.75}
-    assert header["steps"] == {"step": 12, "averaged": True, "expert": {"a": 0.25, "b.2": 1.25}, "factor": factor}
-    found = load_plan(tmp_path)
-    assert found.steps is not None and (found.steps.step, found.steps.averaged) == (12, True)
-    assert set(found.coefficients["a"]) == {"x.weight", "y"}
-    for name, added in steps().added.items():
-        again = found.steps.added[name]
-        assert (again.expert, again.factor) == (added.expert, added.factor)
-        assert torch.equal(again.block, added.block) and torch.equal(again.group, added.group)
-
-
-def test_a_plan_of_the_first_version_is_read_and_has_no_steps(tmp_path):
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_plans_of_earlier_versions_are_read_without_their_steps(tmp_path, version):
+    """The second and third kept what rule refine had added level by level, under keys of their own."""
     plan().save(tmp_path)
-    header = json.loads((tmp_path / "plan.json").read_text())
-    del header["steps"]
-    (tmp_path / "plan.json").write_text(json.dumps(header | {"schema_version": 1}))
-    found = load_plan(tmp_path)
-    assert found.steps is None and found.rule == "scaled" and set(found.coefficients) == {"a", "b.2"}
-
-
-def test_steps_of_the_second_version_have_no_factors(tmp_path):
-    plan(steps=steps()).save(tmp_path)
-    header = json.loads((tmp_path / "plan.json").read_text())
-    del header["steps"]["factor"]
-    (tmp_path / "plan.json").write_text(json.dumps(header | {"schema_version": 2}))
-    found = load_plan(tmp_path)
-    assert found.steps is not None and {added.factor for added in found.steps.added.values()} == {1.0}
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        (lambda h: h["steps"]["expert"].pop("a"), "lacks the steps of an expert"),
-        (lambda h: h["steps"].pop("averaged"), r"steps\.averaged"),
-        (lambda h: h.update(steps=None), "unknown expert"),
-    ],
-)
-def test_damaged_steps_are_refused(tmp_path, change, complaint):
-    plan(steps=steps()).save(tmp_path)
-    header = json.loads((tmp_path / "plan.json").read_text())
-    change(header)
+    header = json.loads((tmp_path / "plan.json").read_text()) | {"schema_version": version}
+    if version > 1:
+        arrays = safetensors.torch.load_file(tmp_path / "plan.safetensors")
+        safetensors.torch.save_file(arrays | {"@steps/a/group": torch.ones(3)}, tmp_path / "plan.safetensors")
+        header["steps"] = {"step": 12, "averaged": True, "expert": {"a": 0.25, "b.2": 1.25}}
     (tmp_path / "plan.json").write_text(json.dumps(header))
-    with pytest.raises(RecipeError, match=complaint):
-        load_plan(tmp_path)
+    found = load_plan(tmp_path)
+    assert {name: set(found.coefficients[name]) for name in found.coefficients} == {
+        "a": {"x.weight", "y"}, "b.2": {"x.weight", "y"},
+    }  # fmt: skip
+    header["steps"] = None
+    (tmp_path / "plan.json").write_text(json.dumps(header))
+    if version > 1:
+        with pytest.raises(RecipeError, match="unknown expert"):
+            load_plan(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["plan.json", "plan.safetensors"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 from functools import partial
 
@@ -14,12 +15,12 @@ from wpmerge.calibration import HeldOutReading, assess, read_held_out
 from wpmerge.coefficients import make_grouping
 from wpmerge.demo import family_path
 from wpmerge.engine import Engine
+from wpmerge.errors import RecipeError
 from wpmerge.gradients import Term
-from wpmerge.levels import RefineSettings, make_levels, no_parts
 from wpmerge.memory import Budget
 from wpmerge.models import Family, bounded, open_family
 from wpmerge.readouts import LogProbReadout, ReplyReadout, measure, reply_readout
-from wpmerge.refining import Merging, _Draw, _Walk, _weigh_skill, refine
+from wpmerge.refining import Merging, RefineSettings, _Draw, _Walk, _weigh_skill, direction, make_ease, refine
 from wpmerge.retaining import by_expert, hold_back, joined, keep_to_retain_sets
 from wpmerge.rows import pack
 
@@ -47,8 +48,7 @@ def test_slopes_are_finite_differences(model_type: str, granularity: str) -> Non
     readout, rows = LogProbReadout(layer=2, sequences=SEQUENCES, starts=STARTS), pack(SEQUENCES)
     generator = torch.Generator().manual_seed(0)
     point = torch.rand(2, len(case.grouping.names), generator=generator, dtype=torch.float64)
-    slopes, nothing = case.slopes(case.source(point), [Term(rows=rows, readout=readout)])
-    assert not nothing.any()
+    slopes = case.slopes(case.source(point), [Term(rows=rows, readout=readout)])
     chosen = random.Random(1).sample(range(point.numel()), min(6, point.numel()))
     for flat in chosen:
         place = divmod(flat, point.shape[1])
@@ -131,7 +131,7 @@ def test_steps_improve_what_no_step_saw(demo: Family) -> None:
 
 
 def test_what_is_held_at_once_does_not_matter(demo: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All skills in one run; or one half after the other, where memory is short or weights are streamed."""
+    """All skills in one run; or one after the other, where memory is short or weights are streamed."""
     case = of_demo(demo, "block")
     start = torch.full((3, len(case.grouping.names)), 0.6, dtype=torch.float64)
     prompts, settings = readings(demo, 0, 4), RefineSettings(steps=1, batch=4, check=1)
@@ -141,8 +141,8 @@ def test_what_is_held_at_once_does_not_matter(demo: Family, monkeypatch: pytest.
     for held, resident in ((1 << 29, True), (1, True), (1 << 29, False)):
         monkeypatch.setattr("wpmerge.refining.STEP_BYTES", held)
         own = dataclasses.replace(case, resident=resident)
-        found.append(refine(own, start, prompts, prompts, settings).parts.block)
-    assert runs == [6] + 12 * [1]
+        found.append(refine(own, start, prompts, prompts, settings).coefficients)
+    assert runs == [3] + 6 * [1]
     for other in found[1:]:
         torch.testing.assert_close(found[0], other, rtol=1e-4, atol=1e-6)
 
@@ -238,13 +238,8 @@ def test_a_merge_is_kept_to_a_retain_set(demo: Family) -> None:
     assert found.factors and all(0.0 <= factor <= 1.0 for factor in found.factors.values())
     torch.testing.assert_close(found.coefficients, by_expert(case, found.factors) * merge)
     assert said == [(number, 20) for number in range(1, evaluations + 1)]
-    steps = found.steps(EXPERTS)
-    for number, name in enumerate(EXPERTS):
-        again = steps.added[name].factor * (0.8 + steps.added[name].expert + torch.zeros(len(case.grouping.names)))
-        torch.testing.assert_close(again, found.coefficients[number].float(), atol=1e-5, rtol=0)
     untouched, once = keep(tolerance=1e3)
     assert not untouched.factors and once == 1 and torch.equal(untouched.coefficients, merge)
-    assert all(added.factor == 1.0 for added in untouched.steps(EXPERTS).added.values())
 
 
 def test_a_retain_set_that_was_not_scored_decides_by_what_is_held_out(demo: Family) -> None:
@@ -282,27 +277,65 @@ def _base_replies(demo: Family, first: int, count: int) -> HeldOutReading:
 
 
 def test_a_ridge_takes_away_its_share_of_what_was_added(demo: Family) -> None:
-    """Two steps without momentum: what the first added counts (1 − ridge · rate) times when the second is added."""
+    """What the first step added counts (1 − ridge · rate) times when the second is added."""
     case = of_demo(demo, "expert")
     start = torch.full((3, 1), 0.6, dtype=torch.float64)
     held_out = readings(demo, 60, 2)
-    plain = RefineSettings(steps=2, batch=4, check=10, momentum=0.0, rate=0.2)
+    plain = RefineSettings(steps=4, batch=4, check=10, rate=0.1)
     walks = []
     for ridge in (0.0, 0.25):
-        settings = dataclasses.replace(plain, ridge=ridge)
-        levels = make_levels(settings, case.layout, case.grouping, case.norms(), start)
-        walk = _Walk(case, levels, held_out, settings)
-        walk.look(no_parts(levels), 0)
-        halves = torch.tensor([[1.0], [2.0], [-1.0]], dtype=torch.float64)
+        walk = _Walk(case, start, held_out, dataclasses.replace(plain, ridge=ridge))
         moves = []
         for number in range(2):
-            before = walk.parts.group.clone()
-            walk.step((halves, halves), number)
-            moves.append(walk.parts.group - before)
+            before = walk.coefficients
+            walk.step(torch.tensor([[1.0], [2.0], [-1.0]], dtype=torch.float64), number)
+            moves.append(walk.coefficients - before)
         walks.append(moves)
     (first, second), (ridged_first, ridged_second) = walks
     assert torch.allclose(ridged_first, first) and first.abs().max() > 0
-    assert torch.allclose(ridged_second, second - 0.25 * 0.1 * first)  # the second of two steps has half the rate
+    assert torch.allclose(ridged_second, second - 0.25 * 0.075 * first)  # of four steps: rates .1 and .075
+
+
+def rows_of(*rows: list[float]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def test_a_step_by_hand() -> None:
+    """∂U = (1, 2, -1, 5), p = (1, 1, 2, 0): Σ p (∂U)² = 7, and √4 p ∂U / √7."""
+    slopes, ease = rows_of([1.0, 2.0, -1.0, 5.0]), rows_of([1.0, 1.0, 2.0, 0.0])
+    for size in (1e-6, 1.0, 1e6):
+        way = direction(size * slopes, ease, rows_of([0.5] * 4))
+        torch.testing.assert_close(way, 2.0 * rows_of([1.0, 2.0, -2.0, 0.0]) / 7.0**0.5)
+
+
+def test_where_all_move_alike_they_move_by_the_rate() -> None:
+    slopes = torch.randn(3, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    way = direction(slopes, torch.ones_like(slopes), torch.full_like(slopes, 0.5))
+    assert float(way.square().mean().sqrt()) == pytest.approx(1.0)
+
+
+def test_what_pushes_out_of_the_bounds_does_not_count() -> None:
+    at_bounds, ease = rows_of([0.0, 1.5, 0.0, 1.5]), rows_of([1.0, 1.0, 2.0, 1.0])
+    way = direction(rows_of([-9.0, 9.0, 1.0, -1.0]), ease, at_bounds, 1.5)
+    assert torch.equal(way, direction(rows_of([0.0, 0.0, 1.0, -1.0]), ease, at_bounds, 1.5))
+    assert way[0, :2].tolist() == [0.0, 0.0]
+
+
+def test_no_gradient_is_no_step() -> None:
+    assert not direction(torch.zeros(1, 4), torch.ones(1, 4), torch.full((1, 4), 0.5)).any()
+
+
+def test_units_with_long_task_vectors_move_less() -> None:
+    """Norms 1, 2, 4 and none: 1, 1/2, 1/4 and 0, times 4 groups over their sum of 7/4."""
+    ease = make_ease(rows_of([1.0, 4.0, 16.0, 0.0], [9.0, 9.0, 9.0, 9.0]))
+    torch.testing.assert_close(ease, rows_of([16 / 7, 8 / 7, 4 / 7, 0.0], [1.0] * 4))
+    assert not make_ease(torch.zeros(1, 3)).any()  # an expert that is the base
+
+
+@pytest.mark.parametrize("wrong", [{"steps": -1}, {"batch": 0}, {"rate": math.nan}, {"check": 0}, {"ridge": 1.1}])
+def test_numbers_out_of_range_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(RecipeError, match="out of range"):
+        RefineSettings(**wrong)  # type: ignore[arg-type]
 
 
 def test_a_skill_pulls_by_the_slope_of_its_logarithm_until_it_is_whole() -> None:

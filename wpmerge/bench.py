@@ -304,7 +304,6 @@ class _Run:
             rule=rule,
             granularity=outcome.grouping.granularity,
             provenance=outcome.record,
-            steps=outcome.steps,
         )
 
 

@@ -6,13 +6,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from wpmerge.arch import KINDS, Layout
-from wpmerge.coefficients import Grouping, block_of_groups, make_grouping
+from wpmerge.coefficients import Grouping, make_grouping
 from wpmerge.errors import RecipeError
 from wpmerge.plan import Granularity
 from wpmerge.rules import RuleOutcome
-
-Blocks = torch.Tensor | None
-"""The block of every group, where steps were taken block by block."""
 
 
 def explain_many(outcome: RuleOutcome, layout: Layout, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -22,9 +19,8 @@ def explain_many(outcome: RuleOutcome, layout: Layout, names: Sequence[str]) -> 
         RecipeError: there is no such unit or group.
     """
     find = _finder(layout, outcome.grouping)
-    blocks = block_of_groups(layout, outcome.grouping) if outcome.steps is not None else None
     return {
-        name: tuple(_sentence(outcome, blocks, expert, group) for group in find(name) for expert in outcome.scales)
+        name: tuple(_sentence(outcome, expert, group) for group in find(name) for expert in outcome.scales)
         for name in names
     }
 
@@ -75,19 +71,19 @@ def _finder(layout: Layout, grouping: Grouping) -> Callable[[str], list[int]]:
     return find
 
 
-def _sentence(outcome: RuleOutcome, blocks: Blocks, expert: str, group: int) -> str:
+def _sentence(outcome: RuleOutcome, expert: str, group: int) -> str:
     """Coefficient, formula with its numbers, clipping, then every score of the group."""
     number = list(outcome.scales).index(expert)
     value = float(outcome.values[number, group])
     size = int(outcome.grouping.sizes[group])
     text = f"{expert} gets {value:.4g} at {outcome.grouping.names[group]} ({size:,} parameters): "
-    return text + _formula(outcome, blocks, number, group, expert) + "; " + _scores(outcome, number, group, expert)
+    return text + _formula(outcome, number, group, expert) + "; " + _scores(outcome, number, group, expert)
 
 
-def _formula(outcome: RuleOutcome, blocks: Blocks, number: int, group: int, expert: str) -> str:
+def _formula(outcome: RuleOutcome, number: int, group: int, expert: str) -> str:
     rule, scale = outcome.settings.rule, outcome.scales[expert]
     if rule == "refine":
-        return _refined(outcome, blocks, expert, number, group)
+        return _refined(outcome, expert, number, group)
     if rule in ("uniform", "scaled"):
         whose = "common" if rule == "uniform" else "expert's"
         return f"{rule}, the {whose} scale {scale:.4g}" + _clipped(outcome, scale)
@@ -142,19 +138,14 @@ def _joint(outcome: RuleOutcome, number: int, group: int, scale: float) -> str:
     )
 
 
-def _refined(outcome: RuleOutcome, blocks: Blocks, expert: str, number: int, group: int) -> str:
-    steps, start = outcome.steps, outcome.scales[expert]
-    if steps is None or blocks is None:  # of a plan of schema version 1, which keeps where the steps ended only
-        value = float(outcome.values[number, group])
-        return f"refine, moved from {start:.4g} by {value - start:+.3g}" + _bounded(outcome, value)
-    added = steps.added[expert]
-    parts = (added.expert, float(added.block[blocks[group]]), float(added.group[group]))
-    held = "" if added.factor == 1.0 else f", then times {added.factor:.3g} for the retain sets"
-    return (
-        f"refine, from {start:.4g} by {parts[0]:+.3g} with the whole expert, {parts[1]:+.3g} with its block and "
-        f"{parts[2]:+.3g} on its own = {start + sum(parts):.4g}" + _clipped(outcome, start + sum(parts)) + ", "
-        f"{steps.step} steps in" + (" (averaged over the second half)" if steps.averaged else "") + held
-    )
+def _refined(outcome: RuleOutcome, expert: str, number: int, group: int) -> str:
+    value, factor = float(outcome.values[number, group]), outcome.factors.get(expert, 1.0)
+    text = f"refine, from {outcome.scales[expert]:.4g}"
+    if factor == 0.0:
+        return f"{text}, then times 0 for the retain sets"
+    reached = value / factor
+    text += f" by {reached - outcome.scales[expert]:+.3g} = {reached:.4g}" + _bounded(outcome, reached)
+    return text if factor == 1.0 else f"{text}, then times {factor:.3g} for the retain sets"
 
 
 def _clipped(outcome: RuleOutcome, value: float) -> str:

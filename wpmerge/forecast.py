@@ -43,7 +43,7 @@ TOKEN = 665.1 / (3 * 89 * 128) / 0.1345
 LEAST_SECONDS = 60.0
 """Below a minute, what does not grow with the model decides, and none of the above says how much that is."""
 CHARACTERS_PER_TOKEN = 4
-GRID, CHECKS = 4, 6
+GRID, CHECKS = 4, 5
 """Merges that ``refine`` runs on the held-out prompts before its steps and between them (docs/performance.md)."""
 
 

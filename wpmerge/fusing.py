@@ -145,7 +145,6 @@ def fuse(
             rule=settings.rule,
             granularity=settings.level,
             operator=operator,
-            steps=outcome.steps,
             provenance=provenance(settings, started, device=device, **outcome.record),
         )
         tell("recipe", 0, 1)

@@ -83,13 +83,11 @@ class Term:
         rows: the readout's prompts.
         readout: F_i, a number per item.
         weigh: F_i → w_i, [items] → [items]: the derivative of what is wanted with respect to each item. None: a mean.
-        total: the sum that this term belongs to.
     """
 
     rows: Sequence[Row]
     readout: Readout
     weigh: Callable[[Float[Tensor, " items"]], Float[Tensor, " items"]] | None = None
-    total: int = 0
 
 
 def directional(
@@ -116,72 +114,67 @@ def directional(
     Returns:
         One set of arrays per expert; NaN for units above the readout's layer.
     """
-    (found,) = directional_sums(engine, point, base, experts, [Term(rows=rows, readout=readout)], kinds=kinds)
-    return found
+    return directional_sum(engine, point, base, experts, [Term(rows=rows, readout=readout)], kinds=kinds)
 
 
 @torch.no_grad()
-def directional_sums(
+def directional_sum(
     engine: Engine,
     point: WeightSource,
     base: WeightSource,
     experts: Sequence[WeightSource],
     terms: Sequence[Term],
     *,
-    totals: int = 1,
     kinds: Sequence[Kind] = KINDS,
-) -> list[list[UnitArrays]]:
-    """:func:`directional` of several sums: every layer's weights and task vectors are made once for all of them.
+) -> list[UnitArrays]:
+    """:func:`directional` of a sum of terms: every layer's weights and task vectors are made once for all of them.
 
     Args:
         engine: runs the layers.
-        point: θ, where the gradients are taken.
+        point: θ, where the gradient is taken.
         base: what the task vectors Δ_e start from.
         experts: where they end.
         terms: their readouts are read after the same layer. One that weighs its items has them read once more, without
             gradients, after the forward run; one that weighs nothing is not run backwards.
-        totals: how many sums.
         kinds: which unit kinds.
 
     Returns:
-        Sum number → for each expert a set of arrays; NaN for units above the readouts' layer, zeros where no term of a
-        sum weighs anything.
+        One set of arrays per expert; NaN for units above the readouts' layer, zeros where no term weighs anything.
     """
     layout, last = engine.layout, terms[0].readout.layer
     assert all(term.readout.layer == last for term in terms), "terms are read after one layer"
     run = trace(engine, point, [row for term in terms for row in term.rows], last=last)
     outer = point.outer()
     back = _rows_back(engine, outer, terms, run)
-    found = [[empty_arrays(layout, kinds) for _ in experts] for _ in range(totals)]
-    outer_gradients: list[Weights] = [{} for _ in range(totals)]
-    gradients = [_outer_backward(engine, outer, row, outer_gradients[row.total]) for row in back]
+    found = [empty_arrays(layout, kinds) for _ in experts]
+    if not back:
+        for array in (array for arrays in found for array in arrays.values()):
+            array.zero_()
+        return found
+    outer_gradients: Weights = {}
+    gradients = [_outer_backward(engine, outer, row, outer_gradients) for row in back]
     del outer, run
-    for index in reversed(range(last + 1)) if back else ():
+    for index in reversed(range(last + 1)):
         weights = {name: value.detach().requires_grad_() for name, value in point.layer(index).items()}
-        layer_gradients: list[Weights] = [{} for _ in range(totals)]
+        layer_gradients: Weights = {}
         for number, row in enumerate(back):
             with torch.enable_grad():
                 leaf = row.states[index].detach().requires_grad_()
                 output = engine.layer(index, weights, leaf, row.entry.calls[index])
                 gradients[number], *own = torch.autograd.grad(output, [leaf, *weights.values()], gradients[number])
             row.states.pop()
-            _collect(layer_gradients[row.total], dict(zip(weights, own, strict=True)))
+            _collect(layer_gradients, dict(zip(weights, own, strict=True)))
         before = base.layer(index)
-        for place, expert in enumerate(experts):
-            into = [arrays[place] for arrays in found]
-            _add_products(layout, layout.layer_prefix(index), layer_gradients, before, expert.layer(index), into)
+        for arrays, expert in zip(found, experts, strict=True):
+            _add_products(layout, layout.layer_prefix(index), layer_gradients, before, expert.layer(index), arrays)
         del weights, layer_gradients, leaf, output, own, before  # before the next layer's are made
     outer = point.outer()
     for row, gradient in zip(back, gradients, strict=True):
-        _add_input_gradient(engine, outer, row.row, gradient, outer_gradients[row.total])
+        _add_input_gradient(engine, outer, row.row, gradient, outer_gradients)
     del outer
     before = base.outer()
-    for place, expert in enumerate(experts):
-        _add_products(layout, "", outer_gradients, before, expert.outer(), [arrays[place] for arrays in found])
-    for empty in set(range(totals)) - {row.total for row in back}:
-        for arrays in found[empty]:
-            for array in arrays.values():
-                array.zero_()
+    for arrays, expert in zip(found, experts, strict=True):
+        _add_products(layout, "", outer_gradients, before, expert.outer(), arrays)
     return found
 
 
@@ -194,7 +187,6 @@ class _RowBack:
     states: list[Float[Tensor, "1 _ D"]]
     readout: Readout
     item_weights: Float[Tensor, " items"]
-    total: int
 
 
 def _rows_back(engine: Engine, outer: Weights, terms: Sequence[Term], run: Trace) -> list[_RowBack]:
@@ -211,7 +203,7 @@ def _rows_back(engine: Engine, outer: Weights, terms: Sequence[Term], run: Trace
             weights = term.weigh(read_states(engine, outer, term.rows, term.readout, ends)[0])
         if weights.any():
             found += [
-                _RowBack(row=row, entry=entry, states=own, readout=term.readout, item_weights=weights, total=term.total)
+                _RowBack(row=row, entry=entry, states=own, readout=term.readout, item_weights=weights)
                 for row, entry, own in zip(term.rows, entries, states, strict=True)
             ]
     return found
@@ -256,31 +248,26 @@ def _collect(total: Weights, parts: Mapping[str, Tensor]) -> None:
 def _add_products(
     layout: Layout,
     prefix: str,
-    gradients: Sequence[Mapping[str, Tensor]],
+    gradients: Mapping[str, Tensor],
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
-    sums: Sequence[UnitArrays],
+    sums: UnitArrays,
 ) -> None:
-    """Sum gradient · (after − before) over each unit's slices into the arrays of the gradient's own sum."""
-    for name in dict.fromkeys(name for gradient in gradients for name in gradient):
-        units, delta = layout.tensors[prefix + name], None
-        others = [axis for axis in range(after[name].ndim) if axis != units.axis]
-        for gradient, arrays in zip(gradients, sums, strict=True):
-            if (slope := gradient.get(name)) is None:
-                continue
-            if delta is None:
-                delta = after[name].to(slope) - before[name].to(slope)
-            product = slope * delta
-            along = (product.sum(dim=others) if others else product).double()
-            for segment in units.segments:
-                if segment.kind in arrays:
-                    entries = along.sum()[None] if units.axis is None else along[segment.start : segment.stop]
-                    span = slice(segment.first, segment.first + segment.count)
-                    _add(arrays[segment.kind][units.layer, span], entries.view(segment.count, -1).sum(dim=1))
-            for kind in COARSE_KINDS:
-                if kind in arrays and prefix:
-                    for index in layout.coarse_units(kind, name):
-                        _add(arrays[kind][units.layer, index : index + 1], along.sum()[None])
+    """Add gradient · (after − before), summed over each unit's slices, to its entry."""
+    for name, gradient in gradients.items():
+        units = layout.tensors[prefix + name]
+        product = gradient * (after[name].to(gradient) - before[name].to(gradient))
+        others = [axis for axis in range(product.ndim) if axis != units.axis]
+        along = (product.sum(dim=others) if others else product).double()
+        for segment in units.segments:
+            if segment.kind in sums:
+                entries = along.sum()[None] if units.axis is None else along[segment.start : segment.stop]
+                span = slice(segment.first, segment.first + segment.count)
+                _add(sums[segment.kind][units.layer, span], entries.view(segment.count, -1).sum(dim=1))
+        for kind in COARSE_KINDS:
+            if kind in sums and prefix:
+                for index in layout.coarse_units(kind, name):
+                    _add(sums[kind][units.layer, index : index + 1], along.sum()[None])
 
 
 def _add(into: Tensor, values: Tensor) -> None:

@@ -15,8 +15,8 @@ LEAST_HELD = 1 << 26
 FLOAT, DOUBLE = 4, 8
 FORWARD_STATES = 3
 """Residual streams that a forward run holds of each token: at the entrance, and before and after a layer."""
-NUMBERS_PER_UNIT = 16
-"""Arrays of a number per unit and expert that a merge's steps hold at once: gradients, levels, directions, sums."""
+NUMBERS_PER_UNIT = 12
+"""Arrays of a number per unit and expert that a merge's steps hold at once: gradients, directions, coefficients."""
 M_MMAP_THRESHOLD = -3
 """glibc's name for it, malloc.h."""
 
@@ -225,8 +225,8 @@ def _merged_resident(layout: Layout, experts: int, stored_bytes: int, *, gradien
     """Most that weights take where all models and the merge of the moment are held."""
     layer, outer, largest = _parts(layout)
     working = 2 * largest
-    if gradients:  # of two halves, and a row's
-        working = 2 * outer + 3 * largest + 4 * layer
+    if gradients:  # their sum, and a row's
+        working = outer + 3 * largest + 3 * layer
     return resident_weights(layout, experts + 2) + FLOAT * working
 
 

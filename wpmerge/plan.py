@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,10 +28,9 @@ if TYPE_CHECKING:
     import pandas
     from torch import Tensor
 
-SCHEMA_VERSION = 3
-READ = (1, 2, 3)
+SCHEMA_VERSION = 4
+READ = (1, 2, 3, 4)
 """Versions that are read: the first has no steps, the second no factors of them."""
-STEPS = "@steps"
 """What the keys of steps begin with, where coefficients' begin with an expert's name."""
 BASE = "base"  # the base's name among checkpoints; no expert may bear it
 _EXPERT_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -97,39 +96,6 @@ class Operator:
             raise RecipeError("no density for this operator", where=self.method, got=self.density)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Added:
-    """What the steps of ``refine`` added to one expert's coefficients, float32.
-
-    Attributes:
-        expert: to all of them.
-        block: to those of a block, by :func:`~wpmerge.coefficients.block_of_groups`.
-        group: to those of a group alone, in the order of :func:`~wpmerge.coefficients.make_grouping`.
-        factor: what the expert's coefficients, once added up and clipped, were multiplied with for the retain sets.
-    """
-
-    expert: float
-    block: Float[Tensor, " B"]
-    group: Float[Tensor, " G"]
-    factor: float = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Steps:
-    """How ``refine`` came to its coefficients: each is its start and what was added, clipped to
-    [0, λ_max]; with retain sets times the expert's factor.
-
-    Attributes:
-        step: after how many steps.
-        averaged: over the second half of the steps.
-        added: by expert.
-    """
-
-    step: int
-    averaged: bool
-    added: Mapping[str, Added]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Every coefficient of a merge: merged tensor = base + Σ_e coefficient[e] · (expert_e - base).
@@ -144,7 +110,6 @@ class Plan:
         granularity: the finest level at which they differ; ``tensor`` and ``expert`` have scalars only.
         provenance: settings, seeds, versions, times; JSON values.
         operator: what combines the weighted task vectors.
-        steps: of rule ``refine``; None of another, and of plans that were written before they were kept.
 
     Raises:
         RecipeError: an expert without coefficients or with other tensors than the rest, a number that is not finite.
@@ -157,7 +122,6 @@ class Plan:
     granularity: Granularity
     provenance: Mapping[str, Any] = field(default_factory=dict)
     operator: Operator = field(default_factory=Operator)
-    steps: Steps | None = None
 
     def __post_init__(self) -> None:
         if not self.experts or set(self.experts) != set(self.coefficients):
@@ -225,8 +189,6 @@ class Plan:
             for name, coefficient in tensors.items()
             if coefficient.axis is not None
         }
-        for expert, added in ({} if self.steps is None else self.steps.added).items():
-            arrays |= {f"{STEPS}/{expert}/block": added.block.clone(), f"{STEPS}/{expert}/group": added.group.clone()}
         header = _PlanFile(
             schema_version=SCHEMA_VERSION,
             rule=self.rule,
@@ -236,11 +198,10 @@ class Plan:
             base=_InputFile(**asdict(self.base)),
             experts={name: _InputFile(**asdict(expert)) for name, expert in self.experts.items()},
             axes=axes,
-            steps=None if self.steps is None else _steps_file(self.steps),
             provenance=dict(self.provenance),
         )
         write_file(directory / "plan.safetensors", safetensors.torch.save(arrays))
-        write_file(directory / "plan.json", header.model_dump_json(indent=2))
+        write_file(directory / "plan.json", header.model_dump_json(indent=2, exclude={"steps"}))
 
 
 class _Strict(BaseModel):
@@ -251,13 +212,6 @@ class _InputFile(_Strict):
     source: str
     content_hash: str
     adapter: bool
-
-
-class _StepsFile(_Strict):
-    step: int
-    averaged: bool
-    expert: dict[str, float]
-    factor: dict[str, float] = {}
 
 
 class _PlanFile(_Strict):
@@ -271,14 +225,9 @@ class _PlanFile(_Strict):
     base: _InputFile
     experts: dict[str, _InputFile]
     axes: dict[str, int]
-    steps: _StepsFile | None = None
+    steps: dict[str, Any] | None = None
+    """Of versions 2 and 3, not read: what was added level by level. Its arrays begin with ``@steps/``."""
     provenance: dict[str, Any]
-
-
-def _steps_file(steps: Steps) -> _StepsFile:
-    whole = {name: added.expert for name, added in steps.added.items()}
-    factor = {name: added.factor for name, added in steps.added.items()}
-    return _StepsFile(step=steps.step, averaged=steps.averaged, expert=whole, factor=factor)
 
 
 def input_model(checkpoint: Checkpoint) -> InputModel:
@@ -318,7 +267,7 @@ def load_plan(directory: Path) -> Plan:
     coefficients: dict[str, dict[str, Coefficient]] = {name: {} for name in header.experts}
     for key, info in arrays.tensors.items():
         expert, _, tensor = key.partition("/")
-        if expert == STEPS and header.steps is not None:
+        if expert == "@steps" and header.steps is not None:
             continue
         if expert not in coefficients:
             raise RecipeError("a plan holds coefficients of an unknown expert", where=arrays.path, got=key)
@@ -334,19 +283,7 @@ def load_plan(directory: Path) -> Plan:
         granularity=header.granularity,
         provenance=header.provenance,
         operator=_operator(header, where),
-        steps=None if header.steps is None else _steps(header.steps, list(header.experts), arrays),
     )
-
-
-def _steps(header: _StepsFile, experts: Sequence[str], arrays: SafetensorsFile) -> Steps:
-    added = {}
-    for name in experts:
-        held = {level: arrays.tensors.get(f"{STEPS}/{name}/{level}") for level in ("block", "group")}
-        found = {level: arrays.read(info.name, 0, info.numel) for level, info in held.items() if info is not None}
-        if not {"block", "group"} <= found.keys() or name not in header.expert:
-            raise RecipeError("a plan lacks the steps of an expert", where=arrays.path, got=name)
-        added[name] = Added(expert=header.expert[name], factor=header.factor.get(name, 1.0), **found)
-    return Steps(step=header.step, averaged=header.averaged, added=added)
 
 
 def _operator(header: _PlanFile, where: Path) -> Operator:

@@ -2,8 +2,9 @@
 
 At the merge of the moment, one forward and one backward run of all capabilities' prompts give ∂U/∂λ for every expert
 and every group of parameters at once. A step follows the gradient of the utility Σ_f log(ε + min(1, R̂_f)) on a batch of
-prompts, as far as two halves of it agree; prompts that no step sees decide where to stop (docs/method.md, "From scores
-to a merge"). Retain sets have their say afterwards (:mod:`wpmerge.retaining`).
+prompts, by a length that depends on neither the gradient's scale nor the number of groups; prompts that no step sees
+decide where to stop (docs/method.md, "From scores to a merge"). Retain sets have their say afterwards
+(:mod:`wpmerge.retaining`).
 
 Shape suffixes: E experts, G groups.
 """
@@ -23,33 +24,72 @@ from torch import Tensor
 from wpmerge.arch import KINDS, MODEL_KINDS, Kind, Layout
 from wpmerge.attribution import UnitArrays
 from wpmerge.calibration import EPSILON, HeldOutReading, Standing, assess, merged_source, utility
-from wpmerge.coefficients import Grouping, group_scores, squared_norms, tensor_coefficients
+from wpmerge.coefficients import MAX_COEFFICIENT, Grouping, group_scores, squared_norms, tensor_coefficients
 from wpmerge.engine import Engine
-from wpmerge.gradients import Term, directional_sums
-from wpmerge.levels import Halves, Levels, Parts, RefineSettings, direction, make_levels, no_parts, together
+from wpmerge.errors import check_ranges
+from wpmerge.gradients import Term, directional_sum
 from wpmerge.memory import FLOAT, stream_per_token
 from wpmerge.pieces import Forget, Keeper
-from wpmerge.plan import Added, Coefficient, Steps
+from wpmerge.plan import Coefficient
 from wpmerge.readouts import LogProbReadout, ReplyReadout, measure
 from wpmerge.rows import Row, pack, row_groups
 from wpmerge.weights import Weights, WeightSource
 
 TOKENS_PER_ROW = 384
-HALVES = 2
-"""Of a step's prompts: a step goes as far as they agree."""
 STEP_BYTES = 1 << 29
-"""Residual streams that a step holds at once, bytes; those of half of one capability's prompts at least.
+"""Residual streams that a step holds at once, bytes; those of one capability's prompts at least.
 A bound of the user's on memory stands in its place."""
 LEAST_KEPT = 0.05
 """Retention below which a lost skill pulls no harder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RefineSettings:
+    """The numbers of ``refine``.
+
+    Attributes:
+        steps: how many.
+        batch: prompts per capability and step.
+        rate: how far coefficients move in the first step, on average (as a root mean square); it falls linearly to 0.
+        ridge: pull back to the start: share of the way from it that a step of rate 1 takes away.
+        check: steps between two looks at the held-out prompts.
+        max_coefficient: λ_max.
+        seed: of the batches.
+
+    Raises:
+        RecipeError: a number out of its range.
+    """
+
+    steps: int = 16
+    batch: int = 8
+    rate: float = 0.25
+    ridge: float = 0.0
+    check: int = 4
+    max_coefficient: float = MAX_COEFFICIENT
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "steps": (0, 10_000),
+            "batch": (1, 100_000),
+            "rate": (1e-9, 100.0),
+            "ridge": (0.0, 1.0),
+            "check": (1, 10_000),
+        }
+        check_ranges(self, ranges)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """A look at the held-out prompts."""
+    """A look at the held-out prompts.
+
+    Attributes:
+        step: after how many steps.
+        standing: of the merge.
+        worth: the utility.
+    """
 
     step: int
-    averaged: bool
     standing: Standing
     worth: float
 
@@ -60,7 +100,6 @@ class Refined:
 
     Attributes:
         coefficients: λ.
-        parts: what was added to the start; λ is their sum, clipped to [0, λ_max], times the factors.
         standing: of the merge on the held-out prompts.
         checks: every look at them, until retain sets had a say; the first is the start's, the best one's coefficients
             are returned.
@@ -69,25 +108,10 @@ class Refined:
     """
 
     coefficients: Float[Tensor, "E G"]
-    parts: Parts
     standing: Standing
     checks: tuple[Check, ...]
     best: int
     factors: Mapping[str, float] = field(default_factory=dict)
-
-    def steps(self, experts: Sequence[str]) -> Steps:
-        """What was added to each expert's start, as a plan keeps it."""
-        parts, best = self.parts, self.checks[self.best]
-        added = {
-            name: Added(
-                expert=float(whole.float()),
-                block=block.float(),
-                group=group.float(),
-                factor=self.factors.get(name, 1.0),
-            )
-            for name, whole, block, group in zip(experts, parts.expert[:, 0], parts.block, parts.group, strict=True)
-        }
-        return Steps(step=best.step, averaged=best.averaged, added=added)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -181,12 +205,11 @@ class Merging:
         found = [squared_norms(self.layout, self.grouping, self.base, expert) for expert in self.experts.values()]
         return torch.stack(found)
 
-    def slopes(self, merged: WeightSource, terms: Sequence[Term]) -> Float[Tensor, "2 E G"]:
-        """∂/∂λ of the sums of two halves of terms at a merge, from one forward and one backward run."""
+    def slopes(self, merged: WeightSource, terms: Sequence[Term]) -> Float[Tensor, "E G"]:
+        """∂/∂λ of a sum of terms at a merge, from one forward and one backward run."""
         kinds: tuple[Kind, ...] = KINDS if self.grouping.granularity == "unit" else ("tensor", *MODEL_KINDS)
-        experts = list(self.experts.values())
-        sums = directional_sums(self.engine, merged, self.base, experts, terms, totals=HALVES, kinds=kinds)
-        return torch.stack([torch.stack([self._grouped(arrays) for arrays in own]) for own in sums])
+        found = directional_sum(self.engine, merged, self.base, list(self.experts.values()), terms, kinds=kinds)
+        return torch.stack([self._grouped(arrays) for arrays in found])
 
     def _grouped(self, arrays: UnitArrays) -> Float[Tensor, " G"]:
         if self.grouping.granularity == "unit":
@@ -218,7 +241,7 @@ def refine(
     Args:
         merging: what is merged.
         start: λ before the first step.
-        prompts: per capability what steps are taken on: references, each half of a batch by itself.
+        prompts: per capability what steps are taken on: references.
         held_out: what decides where to stop; no step sees it.
         settings: see :class:`RefineSettings`.
         progress: called with the steps done and in all.
@@ -226,18 +249,16 @@ def refine(
     Returns:
         Never worse than the start on the held-out prompts.
     """
-    levels = make_levels(settings, merging.layout, merging.grouping, merging.norms(), start)
     draws = {
         name: _Draw(count=reading.readout.items, chance=random.Random(f"{settings.seed}/{name}"))
         for name, reading in prompts.items()
     }
-    walk = _Walk(merging, levels, held_out, settings)
-    walk.look(no_parts(levels), 0)
+    walk = _Walk(merging, start, held_out, settings)
     for step in range(settings.steps):
         if progress is not None:
             progress(step, settings.steps)
         taken = {name: draw.take(settings.batch) for name, draw in draws.items()}
-        walk.step(_batch_slopes(merging, together(levels, walk.parts), prompts, taken), step)
+        walk.step(_batch_slopes(merging, walk.coefficients, prompts, taken), step)
     if progress is not None:
         progress(settings.steps, settings.steps)
     return walk.result()
@@ -248,19 +269,13 @@ def _batch_slopes(
     values: Float[Tensor, "E G"],
     prompts: Mapping[str, HeldOutReading],
     taken: Mapping[str, Sequence[int]],
-) -> Halves:
+) -> Float[Tensor, "E G"]:
     """The utility's gradient at a merge on a batch of prompts; read once, even if the run is killed and repeated."""
     key = f"step-{_digest(values, [(name, _tokens(prompts[name]), list(items)) for name, items in taken.items()])}"
     if (found := merging.kept.get(key)) is not None:
-        one, other = found["slopes"]
-        return one, other
-    terms = [
-        _term(reading, taken[name][half::HALVES] or taken[name], half)
-        for name, reading in prompts.items()
-        for half in range(HALVES)
-    ]
-    slopes = _slopes(merging, merging.source(values), terms)
-    merging.kept.put(key, {"slopes": torch.stack(slopes)})
+        return found["slopes"]
+    slopes = _slopes(merging, merging.source(values), [_term(each, taken[name]) for name, each in prompts.items()])
+    merging.kept.put(key, {"slopes": slopes})
     return slopes
 
 
@@ -276,11 +291,10 @@ def _digest(values: Float[Tensor, "E G"], asked: object) -> str:
     return digest.hexdigest()[:32]
 
 
-def _slopes(merging: Merging, merged: WeightSource, terms: Sequence[Term]) -> Halves:
-    """The gradient on each half of the prompts, in as many runs as memory asks for."""
+def _slopes(merging: Merging, merged: WeightSource, terms: Sequence[Term]) -> Float[Tensor, "E G"]:
+    """The gradient of a sum of terms, in as many runs as memory asks for."""
     fitting = [part for term in terms for part in _divided(merging, merged, term)]
-    one, other = torch.stack([merging.slopes(merged, run) for run in _together(merging, fitting)]).sum(dim=0)
-    return one, other
+    return torch.stack([merging.slopes(merged, run) for run in _together(merging, fitting)]).sum(dim=0)
 
 
 def _divided(merging: Merging, merged: WeightSource, term: Term) -> list[Term]:
@@ -332,14 +346,14 @@ def _together(merging: Merging, terms: Sequence[Term]) -> list[list[Term]]:
     return found
 
 
-def _term(reading: HeldOutReading, items: Sequence[int], half: int) -> Term:
+def _term(reading: HeldOutReading, items: Sequence[int]) -> Term:
     """Some prompts of a capability: their part of the utility."""
     assert isinstance(reading.readout, (LogProbReadout, ReplyReadout)), "steps are taken on references"
     assert reading.expert_items is not None, "a capability has an expert"
     readout = reading.readout.some(items)
     before = reading.base_items[list(items)]
     weigh = partial(_weigh_skill, before=before, gap=float((reading.expert_items[list(items)] - before).mean()))
-    return Term(rows=pack(readout.sequences, tokens_per_row=TOKENS_PER_ROW), readout=readout, weigh=weigh, total=half)
+    return Term(rows=pack(readout.sequences, tokens_per_row=TOKENS_PER_ROW), readout=readout, weigh=weigh)
 
 
 def _weigh_skill(
@@ -351,59 +365,91 @@ def _weigh_skill(
     return torch.full_like(before, pull / len(before))
 
 
+def direction(
+    slopes: Float[Tensor, "E G"],
+    ease: Float[Tensor, "E G"],
+    coefficients: Float[Tensor, "E G"],
+    highest: float = MAX_COEFFICIENT,
+) -> Float[Tensor, "E G"]:
+    """The step of rate 1: √n p ∂U / √(Σ p (∂U)²) over the n coefficients.
+
+    It has the root mean square 1 where p is 1, whatever the gradient's scale. What pushes a coefficient out of its
+    bounds does not count.
+
+    Args:
+        slopes: ∂U/∂λ.
+        ease: p.
+        coefficients: λ.
+        highest: λ_max.
+    """
+    outward = ((coefficients <= 0.0) & (slopes < 0.0)) | ((coefficients >= highest) & (slopes > 0.0))
+    inward = slopes.masked_fill(outward, 0.0)
+    size = (ease * inward.square()).sum().sqrt()
+    return math.sqrt(slopes.numel()) * ease * inward / size.clamp_min(1e-30)
+
+
+def make_ease(norms: Float[Tensor, "E G"]) -> Float[Tensor, "E G"]:
+    """p ∝ 1/‖Δ_e[g]‖, with mean 1 over an expert's groups; 0 where the expert does not differ from the base.
+
+    Args:
+        norms: ‖Δ_e[g]‖².
+    """
+    ease = torch.where(norms > 0, norms.clamp_min(1e-30).rsqrt(), 0.0)
+    return ease * norms.shape[1] / ease.sum(dim=1, keepdim=True).clamp_min(1e-30)
+
+
 class _Walk:
-    """The state of the steps: where they are, which way they go, and the best that was seen."""
+    """The state of the steps: where they are, and the best that was seen."""
 
     def __init__(
-        self, merging: Merging, levels: Levels, held_out: Mapping[str, HeldOutReading], settings: RefineSettings
+        self,
+        merging: Merging,
+        start: Float[Tensor, "E G"],
+        held_out: Mapping[str, HeldOutReading],
+        settings: RefineSettings,
     ) -> None:
-        self._merging, self._levels, self._held_out, self._settings = merging, levels, held_out, settings
-        self.parts = no_parts(levels)
-        self._way = no_parts(levels)
-        self._sum, self._summed = no_parts(levels), 0
+        self._merging, self._start, self._held_out, self._settings = merging, start, held_out, settings
+        self._ease = make_ease(merging.norms())
         self._rate = settings.rate
         self._checks: list[Check] = []
-        self._best = (-math.inf, self.parts)
-        self._best_check = 0
+        self._best = 0
+        self.coefficients = self._best_coefficients = start.clamp(0.0, settings.max_coefficient)
+        self._look(0)
 
-    def look(self, parts: Parts, step: int, *, averaged: bool = False) -> float:
-        """Judge by the held-out prompts, and remember the best; the earlier of equals."""
-        standing = self._merging.assess(together(self._levels, parts), self._held_out)
-        worth = utility(standing.kept)
-        self._checks.append(Check(step=step, averaged=averaged, standing=standing, worth=worth))
-        if worth > self._best[0]:
-            self._best, self._best_check = (worth, parts), len(self._checks) - 1
-        return worth
+    def _look(self, step: int) -> bool:
+        """Judge by the held-out prompts, and remember the best; the earlier of equals.
 
-    def step(self, halves: Halves, number: int) -> None:
+        Returns:
+            Whether it is no worse than the best before.
+        """
+        standing = self._merging.assess(self.coefficients, self._held_out)
+        self._checks.append(Check(step=step, standing=standing, worth=utility(standing.kept)))
+        best = self._checks[self._best].worth
+        if self._checks[-1].worth > best:
+            self._best, self._best_coefficients = len(self._checks) - 1, self.coefficients
+        return self._checks[-1].worth >= best
+
+    def step(self, slopes: Float[Tensor, "E G"], number: int) -> None:
         """Move, and look at the held-out prompts when it is time; from where they got worse, go back and go slower.
 
         Args:
-            halves: ∂U on two halves of the prompts.
+            slopes: ∂U/∂λ.
             number: of the step.
         """
         settings = self._settings
         rate = self._rate * (1.0 - number / settings.steps)
-        aim = direction(self._levels, halves, together(self._levels, self.parts))
-        self._way = no_parts(self._levels).plus(self._way, settings.momentum).plus(aim, 1.0 - settings.momentum)
-        self.parts = no_parts(self._levels).plus(self.parts, 1.0 - settings.ridge * rate).plus(self._way, rate)
-        if number >= settings.steps // 2:
-            self._sum, self._summed = self._sum.plus(self.parts, 1.0), self._summed + 1
-        last = number + 1 == settings.steps
-        if last or (number + 1) % settings.check == 0:
-            best = self._best[0]
-            if self.look(self.parts, number + 1) < best and not last:
-                self.parts, self._way, self._rate = self._best[1], no_parts(self._levels), self._rate / 2
-        if last and self._summed > 1:
-            self.look(no_parts(self._levels).plus(self._sum, 1.0 / self._summed), number + 1, averaged=True)
+        way = direction(slopes, self._ease, self.coefficients, settings.max_coefficient)
+        kept = self._start + (1.0 - settings.ridge * rate) * (self.coefficients - self._start)
+        self.coefficients = (kept + rate * way).clamp(0.0, settings.max_coefficient)
+        due = (number + 1) % settings.check == 0 or number + 1 == settings.steps
+        if due and not self._look(number + 1):
+            self.coefficients, self._rate = self._best_coefficients, self._rate / 2
 
     def result(self) -> Refined:
         """The best that was seen."""
-        parts = self._best[1]
         return Refined(
-            coefficients=together(self._levels, parts),
-            parts=parts,
-            standing=self._checks[self._best_check].standing,
+            coefficients=self._best_coefficients,
+            standing=self._checks[self._best].standing,
             checks=tuple(self._checks),
-            best=self._best_check,
+            best=self._best,
         )

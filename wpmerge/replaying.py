@@ -9,9 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from wpmerge.arch import ARCHITECTURES, KINDS, MODEL_KINDS, Architecture, Kind, Layout, Unit
-from wpmerge.coefficients import RULES, Grouping, RuleSettings, block_of_groups, make_grouping, stack_scores
-from wpmerge.errors import RecipeError
-from wpmerge.plan import Coefficient, Plan, Steps
+from wpmerge.coefficients import RULES, Grouping, RuleSettings, make_grouping, stack_scores
+from wpmerge.plan import Coefficient, Plan
 from wpmerge.rules import RuleOutcome
 from wpmerge.scores import Scores
 from wpmerge.tuning import effects_of, own_scores
@@ -121,23 +120,8 @@ def outcome_of_plan(plan: Plan, scores: Scores, layout: Layout) -> RuleOutcome |
         standing=None,
         evaluations=int(plan.provenance.get("evaluations", 0)),
         tolerance=float(known.get("tolerance", 0.0)),
-        steps=_checked(plan, layout, grouping),
+        factors=plan.provenance.get("factors", {}),
     )
-
-
-def _checked(plan: Plan, layout: Layout, grouping: Grouping) -> Steps | None:
-    """The plan's steps, if each block and group has its number."""
-    blocks = int(block_of_groups(layout, grouping).max()) + 1
-    for name, added in ({} if plan.steps is None else plan.steps.added).items():
-        if (len(added.block), len(added.group)) != (blocks, len(grouping.names)):
-            raise RecipeError(
-                "a plan's steps do not fit the model",
-                where=f"expert {name}",
-                got=f"{len(added.block)} blocks, {len(added.group)} groups",
-                expected=f"{blocks} blocks, {len(grouping.names)} groups",
-                mend="fuse again",
-            )
-    return plan.steps
 
 
 def _group_values(plan: Plan, layout: Layout, grouping: Grouping, expert: str) -> Float[Tensor, " G"]:

@@ -31,12 +31,11 @@ from wpmerge.coefficients import (
 )
 from wpmerge.errors import RecipeError
 from wpmerge.joint import JointProblem, JointSolution, solve_joint
-from wpmerge.levels import RefineSettings
 from wpmerge.models import Family
 from wpmerge.pieces import Forget, Keeper, Pieces
-from wpmerge.plan import Coefficient, Granularity, Steps
+from wpmerge.plan import Coefficient, Granularity
 from wpmerge.readings import Progress
-from wpmerge.refining import Merging, Refined, refine
+from wpmerge.refining import Merging, Refined, RefineSettings, refine
 from wpmerge.retaining import keep_to_retain_sets
 from wpmerge.scores import Scores
 from wpmerge.tuning import check_cross, check_scored, effects_of, held_out_readings, own_scores, scored_readings
@@ -168,7 +167,7 @@ class RuleOutcome:
         tolerance: what a merge may lose on a retain set, nats per token.
         joint: the solution, under that rule.
         refined: where the steps ended, under that rule.
-        steps: what they added, under that rule.
+        factors: expert → what its coefficients were multiplied with for retain sets, under that rule.
     """
 
     coefficients: Mapping[str, Mapping[str, Coefficient]]
@@ -183,7 +182,7 @@ class RuleOutcome:
     tolerance: float
     joint: JointSolution | None = None
     refined: Refined | None = None
-    steps: Steps | None = None
+    factors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def unscored(self) -> int:
@@ -213,8 +212,8 @@ class RuleOutcome:
         if self.refined is not None:
             found["checks"] = [[check.step, round(check.worth, 6)] for check in self.refined.checks]
             found["best_check"] = self.refined.best
-            if self.refined.factors:
-                found["factors"] = dict(self.refined.factors)
+        if self.factors:
+            found["factors"] = dict(self.factors)
         return found
 
 
@@ -374,7 +373,7 @@ class _Rule:
             tolerance=self.settings.tolerance,
             joint=solution,
             refined=refined,
-            steps=None if refined is None else refined.steps(self.experts),
+            factors={} if refined is None else refined.factors,
         )
 
 

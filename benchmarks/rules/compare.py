@@ -31,7 +31,6 @@ from wpmerge.bench_controls import shuffled
 from wpmerge.calibration import HeldOutReading, Standing, assess, merged_source, read_held_out
 from wpmerge.coefficients import Rule
 from wpmerge.fusing import FuseSettings, open_scored_family
-from wpmerge.gradients import Term
 from wpmerge.models import Family, continuations
 from wpmerge.output import write_file
 from wpmerge.readings import ScoreSettings
@@ -43,7 +42,6 @@ from wpmerge.rules import SCORED, RuleOutcome, coefficients_for
 from wpmerge.scores import Scores, load_scores
 from wpmerge.scoring import score
 from wpmerge.tuning import held_out_readings, scored_readings
-from wpmerge.weights import WeightSource
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "wpmerge" / "demo_family"
@@ -125,35 +123,21 @@ class Walk(FuseSettings):
     Attributes:
         parts: numbers of the steps that ``FuseSettings`` has none for.
         begin: the rule whose calibrated coefficients are the start; None for the best common scale.
-        agreeing: take a batch's two halves for agreed, as if there were no halves.
         alike: let all units move alike, however long their task vectors are.
     """
 
     parts: Mapping[str, float] = field(default_factory=dict)
     begin: Rule | None = None
-    agreeing: bool = False
     alike: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Otherwise(Merging):
-    """A merging whose halves agree, or whose task vectors are all of one length.
-
-    Attributes:
-        walk: which of these.
-    """
-
-    walk: Walk
-
-    def slopes(self, merged: WeightSource, terms: Sequence[Term]) -> Tensor:
-        """See :meth:`Merging.slopes`."""
-        found = Merging.slopes(self, merged, terms)
-        return found.mean(dim=0).expand_as(found) if self.walk.agreeing else found
+class Alike(Merging):
+    """A merging whose task vectors are all of one length."""
 
     def norms(self) -> Tensor:
         """See :meth:`Merging.norms`."""
-        found = Merging.norms(self)
-        return (found > 0).double() if self.walk.alike else found
+        return (Merging.norms(self) > 0).double()
 
 
 def walked(settings: Walk, family: Family, scores: Scores) -> RuleOutcome:
@@ -164,12 +148,11 @@ def walked(settings: Walk, family: Family, scores: Scores) -> RuleOutcome:
         begun = replace(begun, rule=settings.begin, calibrate=True)
     start = coefficients_for(begun, family, scores)
     names = tuple(scores.experts)
-    merging = Otherwise(
+    merging = (Alike if settings.alike else Merging)(
         engine=family.engine,
         base=family.weights[""],
         experts={name: family.weights[name] for name in names},
         grouping=start.grouping,
-        walk=settings,
     )
     steps_on, held_out = scored_readings(family, scores, names), held_out_readings(family, scores, names)
     numbers = replace(settings.refine_settings, **settings.parts)  # type: ignore[arg-type]
@@ -183,12 +166,7 @@ def walked(settings: Walk, family: Family, scores: Scores) -> RuleOutcome:
         evaluations=start.evaluations + len(refined.checks),
         joint=None,
         refined=refined,
-        steps=refined.steps(names),
     )
-
-
-PLAIN = "no level but that of units, no momentum"
-UNITS_ALONE = {"expert_weight": 0.0, "block_weight": 0.0, "momentum": 0.0}
 
 
 def walks() -> dict[str, Variant]:
@@ -197,17 +175,9 @@ def walks() -> dict[str, Variant]:
         "from proportional": Walk(begin="proportional"),
         "from select": Walk(begin="select"),
         "from joint": Walk(begin="joint"),
-        "no level of experts": Walk(parts={"expert_weight": 0.0}),
-        "no level of blocks": Walk(parts={"block_weight": 0.0}),
-        "no level of units": Walk(parts={"group_weight": 0.0}),
-        PLAIN: Walk(parts=UNITS_ALONE),
-        f"{PLAIN}, no halves": Walk(parts=UNITS_ALONE, agreeing=True),
-        f"{PLAIN}, no halves, half the rate": Walk(parts={**UNITS_ALONE, "rate": 0.25}, agreeing=True),
-        "no momentum": Walk(parts={"momentum": 0.0}),
-        "halves agreed": Walk(agreeing=True),
         "units alike": Walk(alike=True),
-        "half the rate": Walk(parts={"rate": 0.25}),
-        "twice the rate": Walk(parts={"rate": 1.0}),
+        "half the rate": Walk(parts={"rate": 0.125}),
+        "twice the rate": Walk(parts={"rate": 0.5}),
     }
     return {f"refine unit, {name}": (settings, _same) for name, settings in changed.items()}
 
@@ -246,7 +216,6 @@ def variants() -> dict[str, Variant]:
     found["refine unit, ridge .05"] = (FuseSettings(rule="refine", ridge=0.05), _same)
     for count in (4, 8, 16, 32):
         found[f"refine unit, {count} prompts"] = (FuseSettings(rule="refine"), _first(count))
-        found[f"refine unit, {count} prompts, {PLAIN}"] = (Walk(parts=UNITS_ALONE), _first(count))
     return found
 
 

@@ -20,10 +20,9 @@ from wpmerge.calibration import HeldOutReading, read_held_out
 from wpmerge.capability import load_capability, reference_sequences
 from wpmerge.coefficients import make_grouping
 from wpmerge.demo import expert_instructions, family_path
-from wpmerge.levels import RefineSettings
 from wpmerge.models import Family, open_family
 from wpmerge.readouts import LogProbReadout
-from wpmerge.refining import Merging, refine
+from wpmerge.refining import Merging, RefineSettings, refine
 from wpmerge.rows import pack
 
 STEPS = 4
