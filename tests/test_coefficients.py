@@ -17,7 +17,6 @@ from wpmerge.coefficients import (
     RULES,
     RuleSettings,
     apply_rule,
-    block_of_groups,
     group_scores,
     make_grouping,
     squared_norms,
@@ -318,19 +317,6 @@ def test_every_entry_of_every_tensor_has_its_units_coefficient(layout: Layout) -
                 assert torch.equal(part, torch.full_like(part, by_name[str(unit)])), unit
                 part.fill_(NAN)  # and no entry is another unit's
     assert all(tensor.isnan().all() for tensor in expanded.values())
-
-
-def test_blocks_of_units_are_those_of_their_tensors(layout: Layout) -> None:
-    blocks = make_grouping(layout, "block")
-    units = make_grouping(layout, "unit")
-    found: dict[int, set[int]] = {}
-    own = {str(unit): unit for kind in layout.counts for unit in layout.units(kind)}
-    for name, block in zip(units.names, block_of_groups(layout, units).tolist(), strict=True):
-        found.setdefault(block, set()).update(blocks.of_tensor[p.tensor] for p in layout.slices(own[name]))
-    assert all(len(groups) == 1 for groups in found.values())  # no unit lies in two blocks
-    assert len(found) == len(blocks.names)
-    assert block_of_groups(layout, blocks).tolist() == list(range(len(blocks.names)))
-    assert block_of_groups(layout, make_grouping(layout, "expert")).tolist() == [0]
 
 
 @pytest.mark.parametrize("granularity", ["unit", "block", "tensor", "expert"])

@@ -126,8 +126,10 @@ def test_plans_of_earlier_versions_are_read_without_their_steps(tmp_path, versio
         arrays = safetensors.torch.load_file(tmp_path / "plan.safetensors")
         safetensors.torch.save_file(arrays | {"@steps/a/group": torch.ones(3)}, tmp_path / "plan.safetensors")
         header["steps"] = {"step": 12, "averaged": True, "expert": {"a": 0.25, "b.2": 1.25}}
+        header["provenance"]["factors"] = {"a": 0.5, "b.2": 1.0}  # more was added after them: they explain nothing
     (tmp_path / "plan.json").write_text(json.dumps(header))
     found = load_plan(tmp_path)
+    assert found.provenance == plan().provenance
     assert {name: set(found.coefficients[name]) for name in found.coefficients} == {
         "a": {"x.weight", "y"}, "b.2": {"x.weight", "y"},
     }  # fmt: skip

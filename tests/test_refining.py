@@ -296,21 +296,43 @@ def test_a_ridge_takes_away_its_share_of_what_was_added(demo: Family) -> None:
     assert torch.allclose(ridged_second, second - 0.25 * 0.075 * first)  # of four steps: rates .1 and .075
 
 
+def test_from_where_it_got_worse_it_goes_back_and_slower(demo: Family) -> None:
+    """Held-out references that the base prefers; a look after every step, so that each sets out from the start."""
+    case = of_demo(demo, "expert")
+    start = torch.full((3, 1), 0.2, dtype=torch.float64)
+    held_out = {
+        name: dataclasses.replace(each, base_items=each.expert_items, expert_items=each.base_items)
+        for name, each in readings(demo, 60, 2).items()
+    }
+    walk = _Walk(case, start, held_out, RefineSettings(steps=4, check=1, rate=0.2))
+    seen: list[torch.Tensor] = []
+    look = walk._look
+    walk._look = lambda step: (seen.append(walk.coefficients), look(step))[1]  # type: ignore[method-assign]
+    for number in range(3):
+        walk.step(torch.ones(3, 1, dtype=torch.float64), number)
+        assert torch.equal(walk.coefficients, start)
+    moves = [float((each - start)[0]) for each in seen]
+    assert moves == pytest.approx([0.2, 0.1 * 0.75, 0.05 * 0.5])  # half of the rate each time, which falls besides
+    assert torch.equal(walk.result().coefficients, start) and walk.result().best == 0
+
+
 def rows_of(*rows: list[float]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
 def test_a_step_by_hand() -> None:
-    """∂U = (1, 2, -1, 5), p = (1, 1, 2, 0): Σ p (∂U)² = 7, and √4 p ∂U / √7."""
+    """∂U = (1, 2, -1, 5), p = (1, 1, 2, 0): p ∂U = (1, 2, -2, 0), of length 3, times √4."""
     slopes, ease = rows_of([1.0, 2.0, -1.0, 5.0]), rows_of([1.0, 1.0, 2.0, 0.0])
     for size in (1e-6, 1.0, 1e6):
-        way = direction(size * slopes, ease, rows_of([0.5] * 4))
-        torch.testing.assert_close(way, 2.0 * rows_of([1.0, 2.0, -2.0, 0.0]) / 7.0**0.5)
+        way = direction(size * slopes, ease, rows_of([0.5] * 4), 1.5)
+        torch.testing.assert_close(way, 2.0 * rows_of([1.0, 2.0, -2.0, 0.0]) / 3.0)
 
 
-def test_where_all_move_alike_they_move_by_the_rate() -> None:
-    slopes = torch.randn(3, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    way = direction(slopes, torch.ones_like(slopes), torch.full_like(slopes, 0.5))
+def test_coefficients_move_by_the_rate() -> None:
+    """As a root mean square, some with far longer task vectors than others."""
+    drawn = torch.Generator().manual_seed(0)
+    slopes, norms = (torch.randn(3, 50, generator=drawn, dtype=torch.float64) for _ in range(2))
+    way = direction(slopes, make_ease(norms.exp() ** 4), torch.full_like(slopes, 0.5), 1.5)
     assert float(way.square().mean().sqrt()) == pytest.approx(1.0)
 
 
@@ -322,7 +344,7 @@ def test_what_pushes_out_of_the_bounds_does_not_count() -> None:
 
 
 def test_no_gradient_is_no_step() -> None:
-    assert not direction(torch.zeros(1, 4), torch.ones(1, 4), torch.full((1, 4), 0.5)).any()
+    assert not direction(torch.zeros(1, 4), torch.ones(1, 4), torch.full((1, 4), 0.5), 1.5).any()
 
 
 def test_units_with_long_task_vectors_move_less() -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from wpmerge.arch import KINDS, Kind, Layout, Unit
@@ -233,25 +233,6 @@ def _split_by_kind(layout: Layout, values: Float[Tensor, " G"]) -> UnitArrays:
     shapes = [layout.shape(kind) for kind in kinds]
     parts = values.split([layers * count for layers, count in shapes])
     return {kind: part.view(shape) for kind, shape, part in zip(kinds, shapes, parts, strict=True)}
-
-
-def block_of_groups(layout: Layout, grouping: Grouping) -> Int[Tensor, " G"]:
-    """The attention or MLP block (or norm, or tensor outside the layers) that each group lies in, as a number.
-
-    A unit lies in the block of the first tensor it has a slice of; of a group for all, the only one.
-    """
-    if grouping.granularity == "unit":
-        units = [unit for kind in KINDS if kind in layout.counts for unit in layout.units(kind)]
-        names = [_group_name(layout, layout.slices(unit)[0].tensor, "block") for unit in units]
-    elif grouping.granularity == "expert":
-        names = ["all"]
-    else:
-        first: dict[int, str] = {}
-        for tensor, group in grouping.of_tensor.items():
-            first.setdefault(group, tensor)
-        names = [_group_name(layout, first[group], "block") for group in range(len(grouping.names))]
-    numbers: dict[str, int] = {}
-    return torch.tensor([numbers.setdefault(name, len(numbers)) for name in names])
 
 
 def squared_norms(layout: Layout, grouping: Grouping, base: WeightSource, expert: WeightSource) -> Float[Tensor, " G"]:

@@ -144,7 +144,8 @@ def _refined(outcome: RuleOutcome, expert: str, number: int, group: int) -> str:
     if factor == 0.0:
         return f"{text}, then times 0 for the retain sets"
     reached = value / factor
-    text += f" by {reached - outcome.scales[expert]:+.3g} = {reached:.4g}" + _bounded(outcome, reached)
+    moved = round(reached - outcome.scales[expert], 6) + 0.0  # a plan keeps float32; no "-0"
+    text += f" by {moved:+.3g} = {reached:.4g}" + _bounded(outcome, reached)
     return text if factor == 1.0 else f"{text}, then times {factor:.3g} for the retain sets"
 
 

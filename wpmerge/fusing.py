@@ -42,7 +42,7 @@ class FuseResult:
         scales: s_e.
         retention: capability → fraction of the gap kept on the held-out prompts; empty if nothing was run there.
         lost: retain set → nats per token below the base on the prompts that decide: the held-out ones and, under
-            ``refine``, those of the scored that it takes no step on.
+            ``refine``, the scored ones.
         lost_errors: retain set → the standard error of that.
         explanations: unit, as asked for → the numbers behind its coefficients, a sentence each.
         outcome: what the rule decided, and on what grounds.

@@ -1,8 +1,7 @@
 """The Plan artifact: every coefficient of a merge, with where it came from.
 
 On disk a directory with ``plan.safetensors`` (keys ``{expert}/{tensor name}``, float32, a scalar or a vector) and
-``plan.json`` (schema version, the axis of each vector, rule, operator, inputs with content hashes, provenance). Of rule
-``refine`` both also keep what its steps added, so that a coefficient can be explained long after.
+``plan.json`` (schema version, the axis of each vector, rule, operator, inputs with content hashes, provenance).
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 4
 READ = (1, 2, 3, 4)
-"""Versions that are read: the first has no steps, the second no factors of them."""
-"""What the keys of steps begin with, where coefficients' begin with an expert's name."""
+"""Versions that are read. The second and third kept what rule ``refine`` had added, under :data:`OLD_STEPS`."""
+OLD_STEPS = "@steps"
 BASE = "base"  # the base's name among checkpoints; no expert may bear it
 _EXPERT_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
@@ -201,7 +200,7 @@ class Plan:
             provenance=dict(self.provenance),
         )
         write_file(directory / "plan.safetensors", safetensors.torch.save(arrays))
-        write_file(directory / "plan.json", header.model_dump_json(indent=2, exclude={"steps"}))
+        write_file(directory / "plan.json", header.model_dump_json(indent=2))
 
 
 class _Strict(BaseModel):
@@ -225,8 +224,6 @@ class _PlanFile(_Strict):
     base: _InputFile
     experts: dict[str, _InputFile]
     axes: dict[str, int]
-    steps: dict[str, Any] | None = None
-    """Of versions 2 and 3, not read: what was added level by level. Its arrays begin with ``@steps/``."""
     provenance: dict[str, Any]
 
 
@@ -260,6 +257,7 @@ def load_plan(directory: Path) -> Plan:
             expected=" or ".join(map(str, READ)),
             mend="use the version of wpmerge that wrote it",
         )
+    old_steps = raw["schema_version"] in (2, 3) and raw.pop("steps", None)
     try:
         header = _PlanFile.model_validate_json(json.dumps(raw))
     except ValidationError as error:
@@ -267,7 +265,7 @@ def load_plan(directory: Path) -> Plan:
     coefficients: dict[str, dict[str, Coefficient]] = {name: {} for name in header.experts}
     for key, info in arrays.tensors.items():
         expert, _, tensor = key.partition("/")
-        if expert == "@steps" and header.steps is not None:
+        if expert == OLD_STEPS and old_steps:
             continue
         if expert not in coefficients:
             raise RecipeError("a plan holds coefficients of an unknown expert", where=arrays.path, got=key)
@@ -281,7 +279,8 @@ def load_plan(directory: Path) -> Plan:
         coefficients=coefficients,
         rule=header.rule,
         granularity=header.granularity,
-        provenance=header.provenance,
+        # in earlier versions more was added after the factors
+        provenance={key: value for key, value in header.provenance.items() if key != "factors" or not old_steps},
         operator=_operator(header, where),
     )
 

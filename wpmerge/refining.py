@@ -50,7 +50,7 @@ class RefineSettings:
     Attributes:
         steps: how many.
         batch: prompts per capability and step.
-        rate: how far coefficients move in the first step, on average (as a root mean square); it falls linearly to 0.
+        rate: how far coefficients move in the first step, their root mean square; it falls linearly to 0.
         ridge: pull back to the start: share of the way from it that a step of rate 1 takes away.
         check: steps between two looks at the held-out prompts.
         max_coefficient: λ_max.
@@ -62,7 +62,7 @@ class RefineSettings:
 
     steps: int = 16
     batch: int = 8
-    rate: float = 0.25
+    rate: float = 0.125
     ridge: float = 0.0
     check: int = 4
     max_coefficient: float = MAX_COEFFICIENT
@@ -271,7 +271,7 @@ def _batch_slopes(
     taken: Mapping[str, Sequence[int]],
 ) -> Float[Tensor, "E G"]:
     """The utility's gradient at a merge on a batch of prompts; read once, even if the run is killed and repeated."""
-    key = f"step-{_digest(values, [(name, _tokens(prompts[name]), list(items)) for name, items in taken.items()])}"
+    key = f"slopes-{_digest(values, [(name, _tokens(prompts[name]), list(items)) for name, items in taken.items()])}"
     if (found := merging.kept.get(key)) is not None:
         return found["slopes"]
     slopes = _slopes(merging, merging.source(values), [_term(each, taken[name]) for name, each in prompts.items()])
@@ -294,7 +294,11 @@ def _digest(values: Float[Tensor, "E G"], asked: object) -> str:
 def _slopes(merging: Merging, merged: WeightSource, terms: Sequence[Term]) -> Float[Tensor, "E G"]:
     """The gradient of a sum of terms, in as many runs as memory asks for."""
     fitting = [part for term in terms for part in _divided(merging, merged, term)]
-    return torch.stack([merging.slopes(merged, run) for run in _together(merging, fitting)]).sum(dim=0)
+    first, *others = _together(merging, fitting)
+    total = merging.slopes(merged, first)
+    for run in others:
+        total += merging.slopes(merged, run)
+    return total
 
 
 def _divided(merging: Merging, merged: WeightSource, term: Term) -> list[Term]:
@@ -369,12 +373,11 @@ def direction(
     slopes: Float[Tensor, "E G"],
     ease: Float[Tensor, "E G"],
     coefficients: Float[Tensor, "E G"],
-    highest: float = MAX_COEFFICIENT,
+    highest: float,
 ) -> Float[Tensor, "E G"]:
-    """The step of rate 1: √n p ∂U / √(Σ p (∂U)²) over the n coefficients.
+    """The step of rate 1: √n p ∂U / ‖p ∂U‖ over the n coefficients, whose root mean square is 1.
 
-    It has the root mean square 1 where p is 1, whatever the gradient's scale. What pushes a coefficient out of its
-    bounds does not count.
+    What pushes a coefficient out of its bounds does not count.
 
     Args:
         slopes: ∂U/∂λ.
@@ -383,9 +386,8 @@ def direction(
         highest: λ_max.
     """
     outward = ((coefficients <= 0.0) & (slopes < 0.0)) | ((coefficients >= highest) & (slopes > 0.0))
-    inward = slopes.masked_fill(outward, 0.0)
-    size = (ease * inward.square()).sum().sqrt()
-    return math.sqrt(slopes.numel()) * ease * inward / size.clamp_min(1e-30)
+    way = ease * slopes.masked_fill(outward, 0.0)
+    return math.sqrt(way.numel()) * way / way.square().sum().sqrt().clamp_min(1e-30)
 
 
 def make_ease(norms: Float[Tensor, "E G"]) -> Float[Tensor, "E G"]:
@@ -408,12 +410,12 @@ class _Walk:
         held_out: Mapping[str, HeldOutReading],
         settings: RefineSettings,
     ) -> None:
-        self._merging, self._start, self._held_out, self._settings = merging, start, held_out, settings
+        self._merging, self._held_out, self._settings = merging, held_out, settings
         self._ease = make_ease(merging.norms())
         self._rate = settings.rate
         self._checks: list[Check] = []
         self._best = 0
-        self.coefficients = self._best_coefficients = start.clamp(0.0, settings.max_coefficient)
+        self._start = self.coefficients = self._best_coefficients = start.clamp(0.0, settings.max_coefficient)
         self._look(0)
 
     def _look(self, step: int) -> bool:

@@ -88,7 +88,7 @@ def _units_along(
 def outcome_of_plan(plan: Plan, scores: Scores, layout: Layout) -> RuleOutcome | None:
     """What a rule decided, as :mod:`wpmerge.explaining` takes it, from its plan and the scores.
 
-    A plan keeps coefficients, scales, and what the steps of ``refine`` added, not the multipliers of ``joint``.
+    A plan keeps coefficients, scales and the factors of ``refine``, not the multipliers of ``joint``.
 
     Args:
         plan: made from these scores.
@@ -97,9 +97,6 @@ def outcome_of_plan(plan: Plan, scores: Scores, layout: Layout) -> RuleOutcome |
 
     Returns:
         None of a plan that no rule made.
-
-    Raises:
-        RecipeError: the plan's steps are of another number of groups.
     """
     chosen, known = plan.provenance.get("scales"), dict(plan.provenance.get("settings") or {})
     if plan.rule not in RULES or not chosen:

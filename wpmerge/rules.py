@@ -29,7 +29,7 @@ from wpmerge.coefficients import (
     make_grouping,
     stack_scores,
 )
-from wpmerge.errors import RecipeError
+from wpmerge.errors import RecipeError, check_ranges
 from wpmerge.joint import JointProblem, JointSolution, solve_joint
 from wpmerge.models import Family
 from wpmerge.pieces import Forget, Keeper, Pieces
@@ -78,7 +78,7 @@ class FuseSettings:
         tolerance: what a merge may lose on a retain set, nats per token, a standard error over its questions included.
         max_coefficient: λ_max.
         evaluations: merges run on the held-out prompts to choose the numbers, at least 1. On top come what ``refine``
-            needs to look where its steps are, and with retain sets up to 28 merges for factors.
+            needs to look where its steps are, and with retain sets up to 16 merges for factors.
         seed: of ``refine``'s batches.
         max_memory: what the process's resident memory is planned to stay within, bytes; None for no limit.
 
@@ -110,8 +110,7 @@ class FuseSettings:
                 expected="unit, block or tensor",
                 mend="use another granularity, or --rule scaled",
             )
-        if not self.tolerance > 0:
-            raise RecipeError("tolerance is out of range", got=self.tolerance, expected="more than 0 nats per token")
+        check_ranges(self, {"tolerance": (1e-9, 1e9)})
 
     @property
     def rule_settings(self) -> RuleSettings:

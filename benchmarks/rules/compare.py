@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from wpmerge.models import Family, continuations
 from wpmerge.output import write_file
 from wpmerge.readings import ScoreSettings
 from wpmerge.readouts import LogProbReadout, ReplyReadout
-from wpmerge.refining import Merging, refine
+from wpmerge.refining import Merging, RefineSettings, refine
 from wpmerge.roles import roles_of
 from wpmerge.rows import pack
 from wpmerge.rules import SCORED, RuleOutcome, coefficients_for
@@ -176,8 +176,8 @@ def walks() -> dict[str, Variant]:
         "from select": Walk(begin="select"),
         "from joint": Walk(begin="joint"),
         "units alike": Walk(alike=True),
-        "half the rate": Walk(parts={"rate": 0.125}),
-        "twice the rate": Walk(parts={"rate": 0.5}),
+        "half the rate": Walk(parts={"rate": RefineSettings().rate / 2}),
+        "twice the rate": Walk(parts={"rate": 2 * RefineSettings().rate}),
     }
     return {f"refine unit, {name}": (settings, _same) for name, settings in changed.items()}
 
@@ -471,6 +471,7 @@ def main() -> None:
         "scored": setup.prompts_count,
         "held_out": setup.held_out,
         "tests": hashlib.sha256(json.dumps(setup.tests).encode()).hexdigest(),
+        "refine": asdict(RefineSettings()),
     }
     entries: list[dict[str, Any]] = []
     if given.out is not None and given.out.exists():
