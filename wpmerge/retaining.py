@@ -9,7 +9,7 @@ Shape suffixes: E experts, G groups.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -49,86 +49,35 @@ def keep_to_retain_sets(
         progress: called with the merges run and allowed.
 
     Returns:
-        The same, with its factors, if any set may have lost more than the tolerance; and how many merges were run.
+        The same with the best factors that were tried, all 1 among them, if any set may have lost more than the
+        tolerance; and how many merges were run.
     """
     judges = {
         name: joined(each, prompts[name]) if name in prompts and each.retain else each
         for name, each in held_out.items()
     }
-    allowed = max(LEAST_EVALUATIONS, evaluations)
-    held = hold_back(merging, refined.coefficients, judges, tolerance=tolerance, evaluations=allowed, progress=progress)
-    return (
-        replace(
-            refined,
-            coefficients=by_expert(merging, held.factors) * refined.coefficients,
-            standing=held.standing,
-            factors=held.factors if held.needed else {},
-        ),
-        held.evaluations,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
-    """What keeps to the retain sets.
-
-    Attributes:
-        factors: expert → within [0, 1].
-        standing: of the merge with them.
-        needed: whether a retain set may have lost more than the tolerance without them.
-        evaluations: merges that were run.
-    """
-
-    factors: Mapping[str, float]
-    standing: Standing
-    needed: bool
-    evaluations: int
-
-
-def hold_back(
-    merging: Merging,
-    coefficients: Float[Tensor, "E G"],
-    readings: Mapping[str, HeldOutReading],
-    *,
-    tolerance: float,
-    evaluations: int,
-    progress: Callable[[int, int], None],
-) -> Held:
-    """Find a factor for each expert at which no retain set loses more than the tolerance, and skills keep most.
-
-    Args:
-        merging: what is merged.
-        coefficients: λ before the factors.
-        readings: held-out prompts of the skills, and the retain sets.
-        tolerance: nats per token below the base.
-        evaluations: merges that may be run.
-        progress: called with the merges run and allowed.
-
-    Returns:
-        The best factors that were tried, all 1 among them; no others are tried if nothing is lost beyond the tolerance.
-    """
-    experts, done = tuple(merging.experts), 0
+    experts, allowed, run = tuple(merging.experts), max(LEAST_EVALUATIONS, evaluations), 0
     whole = dict.fromkeys(experts, 1.0)
 
     def evaluate(factors: Mapping[str, float]) -> Standing:
-        nonlocal done
-        if done and factors == whole:
+        nonlocal run
+        if run and factors == whole:
             return free
-        standing = merging.assess(by_expert(merging, factors) * coefficients, readings)
-        done += 1
-        progress(done, evaluations)
+        standing = merging.assess(by_expert(merging, factors) * refined.coefficients, judges)
+        run += 1
+        progress(run, allowed)
         return standing
 
     free = evaluate(whole)
-    needed = free.excess(tolerance) > 0.0
-    if not needed:
-        return Held(factors=whole, standing=free, needed=needed, evaluations=done)
+    if free.excess(tolerance) == 0.0:
+        return replace(refined, standing=free), run
     common = Tunable(names=experts, high=1.0, grid=FACTORS, steps=())
     each = [Tunable(names=(name,), high=1.0) for name in sorted(experts)]  # however they were ordered
     factors, standing = search_numbers(
-        whole, [common, *each], evaluate, lambda found: found.worth(tolerance), evaluations=evaluations
+        whole, [common, *each], evaluate, lambda found: found.worth(tolerance), evaluations=allowed
     )
-    return Held(factors=factors, standing=standing, needed=needed, evaluations=done)
+    coefficients = by_expert(merging, factors) * refined.coefficients
+    return replace(refined, coefficients=coefficients, standing=standing, factors=factors), run
 
 
 def by_expert(merging: Merging, factors: Mapping[str, float]) -> Float[Tensor, "E 1"]:
