@@ -314,7 +314,7 @@ def test_coefficients_move_by_the_rate() -> None:
     """As a root mean square, some with far longer task vectors than others."""
     drawn = torch.Generator().manual_seed(0)
     slopes, norms = (torch.randn(3, 50, generator=drawn, dtype=torch.float64) for _ in range(2))
-    way = direction(slopes, make_ease(norms.exp() ** 4), torch.full_like(slopes, 0.5), 1.5)
+    way = direction(slopes, make_ease(norms.exp() ** 4, "unit"), torch.full_like(slopes, 0.5), 1.5)
     assert float(way.square().mean().sqrt()) == pytest.approx(1.0)
 
 
@@ -331,9 +331,12 @@ def test_no_gradient_is_no_step() -> None:
 
 def test_units_with_long_task_vectors_move_less() -> None:
     """Norms 1, 2, 4 and none: 1, 1/2, 1/4 and 0, times 4 groups over their sum of 7/4."""
-    ease = make_ease(rows_of([1.0, 4.0, 16.0, 0.0], [9.0, 9.0, 9.0, 9.0]))
+    norms = rows_of([1.0, 4.0, 16.0, 0.0], [9.0, 9.0, 9.0, 9.0])
+    ease = make_ease(norms, "unit")
     torch.testing.assert_close(ease, rows_of([16 / 7, 8 / 7, 4 / 7, 0.0], [1.0] * 4))
-    assert not make_ease(torch.zeros(1, 3)).any()  # an expert that is the base
+    assert not make_ease(torch.zeros(1, 3), "unit").any()  # an expert that is the base
+    for granularity in ("tensor", "block", "expert"):
+        assert make_ease(norms, granularity).tolist() == [[1.0, 1.0, 1.0, 0.0], [1.0] * 4]
 
 
 @pytest.mark.parametrize("wrong", [{"steps": -1}, {"batch": 0}, {"rate": math.nan}, {"check": 0}, {"ridge": 1.1}])

@@ -30,7 +30,7 @@ from wpmerge.errors import check_ranges
 from wpmerge.gradients import Term, directional_sum
 from wpmerge.memory import FLOAT, stream_per_token
 from wpmerge.pieces import Forget, Keeper
-from wpmerge.plan import Coefficient
+from wpmerge.plan import Coefficient, Granularity
 from wpmerge.readouts import LogProbReadout, ReplyReadout, measure
 from wpmerge.rows import Row, pack, row_groups
 from wpmerge.weights import Weights, WeightSource
@@ -390,12 +390,15 @@ def direction(
     return math.sqrt(way.numel()) * way / way.square().sum().sqrt().clamp_min(1e-30)
 
 
-def make_ease(norms: Float[Tensor, "E G"]) -> Float[Tensor, "E G"]:
-    """p ∝ 1/‖Δ_e[g]‖, with mean 1 over an expert's groups; 0 where the expert does not differ from the base.
+def make_ease(norms: Float[Tensor, "E G"], granularity: Granularity) -> Float[Tensor, "E G"]:
+    """p: for units ∝ 1/‖Δ_e[u]‖ with mean 1 over an expert's, otherwise 1; 0 where the expert is the base.
 
     Args:
         norms: ‖Δ_e[g]‖².
+        granularity: of the groups.
     """
+    if granularity != "unit":
+        return (norms > 0).double()
     ease = torch.where(norms > 0, norms.clamp_min(1e-30).rsqrt(), 0.0)
     return ease * norms.shape[1] / ease.sum(dim=1, keepdim=True).clamp_min(1e-30)
 
@@ -411,7 +414,7 @@ class _Walk:
         settings: RefineSettings,
     ) -> None:
         self._merging, self._held_out, self._settings = merging, held_out, settings
-        self._ease = make_ease(merging.norms())
+        self._ease = make_ease(merging.norms(), merging.grouping.granularity)
         self._rate = settings.rate
         self._checks: list[Check] = []
         self._best = 0
