@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from test_calibration import SEQUENCES, STARTS, family
 from tiny import CONFIGS
 
-from wpmerge.calibration import HeldOutReading, assess, read_held_out
+from wpmerge.calibration import HeldOutReading, Standing, assess, read_held_out
 from wpmerge.coefficients import make_grouping
 from wpmerge.demo import family_path
 from wpmerge.engine import Engine
@@ -21,7 +22,7 @@ from wpmerge.memory import Budget
 from wpmerge.models import Family, bounded, open_family
 from wpmerge.readouts import LogProbReadout, ReplyReadout, measure, reply_readout
 from wpmerge.refining import Merging, RefineSettings, _Draw, _Walk, _weigh_skill, direction, make_ease, refine
-from wpmerge.retaining import by_expert, joined, keep_to_retain_sets
+from wpmerge.retaining import best_factors, joined, keep_to_retain_sets
 from wpmerge.rows import pack
 
 EXPERTS = ("letters", "marks", "frame")
@@ -218,7 +219,8 @@ def test_a_merge_is_kept_to_a_retain_set(demo: Family) -> None:
     assert found.standing.excess(0.005) < 0.25 < case.assess(merge, judges).excess(0.005)
     assert all(0.0 <= factor <= 1.0 for factor in found.factors.values()) and min(found.factors.values()) < 1.0
     assert min(found.standing.kept.values()) > 0.2
-    torch.testing.assert_close(found.coefficients, by_expert(case, found.factors) * merge)
+    factors = torch.tensor([found.factors[name] for name in case.experts], dtype=torch.float64)
+    torch.testing.assert_close(found.coefficients, factors[:, None] * merge)
     assert said == [(number, 20) for number in range(1, evaluations + 1)]
     untouched, once = keep(tolerance=1e3)
     assert not untouched.factors and once == 1 and torch.equal(untouched.coefficients, merge)
@@ -233,6 +235,45 @@ def test_a_retain_set_that_was_not_scored_decides_by_what_is_held_out(demo: Fami
         case, free, skills, {**skills, "plain": held}, tolerance=0.02, evaluations=1, progress=lambda *_: None
     )
     assert found.standing.lost == case.assess(found.coefficients, {**skills, "plain": held}).lost
+
+
+def _smooth(experts: int, seed: int) -> tuple[Callable[[torch.Tensor], Standing], list[torch.Tensor]]:
+    """Retentions that saturate and disturb each other, a loss with a cubic term; and where they were asked for."""
+    generator = torch.Generator().manual_seed(seed)
+    gain, bend, cube, top = torch.rand(4, experts, generator=generator, dtype=torch.float64)
+    disturbs, shared = torch.rand(2, experts, experts, generator=generator, dtype=torch.float64)
+    asked: list[torch.Tensor] = []
+
+    def evaluate(factors: torch.Tensor) -> Standing:
+        asked.append(factors)
+        own = (0.9 + 0.25 * top) * (1 - torch.exp(-3 * factors)) / (1 - math.exp(-3))
+        kept = own - 0.1 * factors * (disturbs @ factors - disturbs.diag() * factors)
+        lost = -(0.1 + 0.2 * gain) @ factors + (0.25 + 0.3 * bend) @ factors**2 + 0.05 * cube @ factors**3
+        lost = lost + 0.15 * (factors @ shared @ factors - shared.diag() @ factors**2)
+        skills = {str(number): float(each) for number, each in enumerate(kept)}
+        return Standing(kept=skills, lost={"plain": float(lost)}, errors={"plain": 0.01 * float(factors.mean())})
+
+    return evaluate, asked
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("experts", [1, 2, 3])
+def test_factors_are_about_as_good_as_the_best_of_many(experts: int, seed: int) -> None:
+    evaluate, asked = _smooth(experts, seed)
+    factors, standing = best_factors(evaluate, experts, tolerance=0.02, evaluations=16)
+    assert len(asked) <= 16 and standing == evaluate(factors)
+    assert float(factors.min()) >= 0.0 and float(factors.max()) <= 1.0
+    many = torch.quasirandom.SobolEngine(experts, seed=1).draw(4096, dtype=torch.float64)
+    best = max(evaluate(each).worth(0.02) for each in many)
+    assert standing.worth(0.02) > best - 0.03
+    assert standing.excess(0.02) < 0.02
+
+
+def test_factors_are_one_where_nothing_is_lost_or_nothing_may_be_run() -> None:
+    for tolerance, evaluations in ((1e3, 16), (0.02, 1)):
+        evaluate, asked = _smooth(2, 0)
+        factors, standing = best_factors(evaluate, 2, tolerance=tolerance, evaluations=evaluations)
+        assert factors.tolist() == [1.0, 1.0] and len(asked) == 1 and standing == evaluate(factors)
 
 
 def test_readings_of_a_retain_set_are_joined(demo: Family) -> None:

@@ -5,26 +5,32 @@ after the steps"). So it gets back what it lost, each expert's coefficients bein
 Steps that win back for the skills what they can, within what a set may lose, learn the set's own questions and add
 nothing that others confirm (docs/log.md, "Factors alone keep to a retain set").
 
-Shape suffixes: E experts, G groups.
+Shape suffixes: E experts, N merges, T terms of a quadratic.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wpmerge.calibration import HeldOutReading, Standing, Tunable, search_numbers
+from wpmerge.calibration import HeldOutReading, Standing
 from wpmerge.readouts import LogProbReadout
 from wpmerge.refining import Merging, Refined
 from wpmerge.rows import pack
 from wpmerge.tuning import TOKENS_PER_ROW
 
-FACTORS = (0.35, 0.5, 0.65, 0.8, 1.0)
-"""Of all experts alike, tried first."""
 LEAST_EVALUATIONS = 16
 """Merges that may be run to find the factors, whatever was allowed."""
+LOWERED = 0.15
+"""By how much one factor alone is lowered, to see what it does."""
+RADII = (0.3, 0.15, 0.07, 0.03)
+"""How far around the best factors better ones are looked for."""
+NEAR = 0.01
+"""Factors as near as this to ones that were tried are not tried."""
+NEAR_WEIGHS = 0.1
+"""Distance at which a merge counts for a fit less than the best by a factor of √2."""
 
 
 def keep_to_retain_sets(
@@ -56,33 +62,96 @@ def keep_to_retain_sets(
         name: joined(each, prompts[name]) if name in prompts and each.retain else each
         for name, each in held_out.items()
     }
-    experts, allowed, run = tuple(merging.experts), max(LEAST_EVALUATIONS, evaluations), 0
-    whole = dict.fromkeys(experts, 1.0)
+    allowed, run = max(LEAST_EVALUATIONS, evaluations), 0
 
-    def evaluate(factors: Mapping[str, float]) -> Standing:
+    def evaluate(factors: Float[Tensor, " E"]) -> Standing:
         nonlocal run
-        if run and factors == whole:
-            return free
-        standing = merging.assess(by_expert(merging, factors) * refined.coefficients, judges)
+        standing = merging.assess(factors[:, None] * refined.coefficients, judges)
         run += 1
         progress(run, allowed)
         return standing
 
-    free = evaluate(whole)
-    if free.excess(tolerance) == 0.0:
-        return replace(refined, standing=free), run
-    common = Tunable(names=experts, high=1.0, grid=FACTORS, steps=())
-    each = [Tunable(names=(name,), high=1.0) for name in sorted(experts)]  # however they were ordered
-    factors, standing = search_numbers(
-        whole, [common, *each], evaluate, lambda found: found.worth(tolerance), evaluations=allowed
-    )
-    coefficients = by_expert(merging, factors) * refined.coefficients
-    return replace(refined, coefficients=coefficients, standing=standing, factors=factors), run
+    factors, standing = best_factors(evaluate, len(merging.experts), tolerance=tolerance, evaluations=allowed)
+    if bool((factors == 1.0).all()):
+        return replace(refined, standing=standing), run
+    named = dict(zip(merging.experts, factors.tolist(), strict=True))
+    coefficients = factors[:, None] * refined.coefficients
+    return replace(refined, coefficients=coefficients, standing=standing, factors=named), run
 
 
-def by_expert(merging: Merging, factors: Mapping[str, float]) -> Float[Tensor, "E 1"]:
-    """Factors in the order of the experts."""
-    return torch.tensor([[factors[name]] for name in merging.experts], dtype=torch.float64)
+def best_factors(
+    evaluate: Callable[[Float[Tensor, " E"]], Standing], experts: int, *, tolerance: float, evaluations: int
+) -> tuple[Float[Tensor, " E"], Standing]:
+    """Search for factors by response surfaces (Box and Wilson 1951).
+
+    Every retention and loss is a smooth function of the factors, and 0 where all of them are: a quadratic without a
+    constant is fitted to the merges that were run, those near the best one weighing most, and the merge that it says
+    is best is run next. First come all factors 1, all of them one half, what the two say is best of those that are
+    alike, and that with one factor after another lowered.
+
+    Args:
+        evaluate: factors → where that merge stands.
+        experts: E.
+        tolerance: nats per token that a retain set may lose.
+        evaluations: merges that may be run, at least 1.
+
+    Returns:
+        The best factors that were tried, and their standing. All 1 where nothing may have lost more than the tolerance.
+    """
+    tried: list[tuple[Float[Tensor, " E"], Standing]] = []
+
+    def run(point: Float[Tensor, " E"]) -> bool:
+        if len(tried) == evaluations or any(bool(((point - other).abs() < NEAR).all()) for other, _ in tried):
+            return False
+        tried.append((point, evaluate(point)))
+        return True
+
+    def best() -> tuple[Float[Tensor, " E"], Standing]:
+        return max(tried, key=lambda each: each[1].worth(tolerance))
+
+    def promising(candidates: Float[Tensor, "N E"]) -> Float[Tensor, " E"]:
+        said = _predicted(tried, best()[0], candidates)
+        return candidates[max(range(len(said)), key=lambda number: said[number].worth(tolerance))]
+
+    whole = torch.ones(experts, dtype=torch.float64)
+    run(whole)
+    if best()[1].excess(tolerance) == 0.0:
+        return best()
+    run(whole / 2)
+    alike = promising(torch.linspace(0.0, 1.0, 101, dtype=torch.float64)[:, None].expand(-1, experts))
+    run(alike)
+    if experts > 1:
+        for lowered in LOWERED * torch.eye(experts, dtype=torch.float64):
+            run((alike - lowered).clamp(min=0.0))
+    spread = torch.quasirandom.SobolEngine(experts, scramble=True, seed=0).draw(512, dtype=torch.float64) * 2 - 1
+    around = torch.cat([radius * spread for radius in RADII])
+    while run(promising((best()[0] + around).clamp(0.0, 1.0))):
+        pass
+    return best()
+
+
+def _predicted(
+    tried: Sequence[tuple[Float[Tensor, " E"], Standing]],
+    centre: Float[Tensor, " E"],
+    candidates: Float[Tensor, "N E"],
+) -> list[Standing]:
+    """What quadratics through the merges that were run say of others; losses with their standard error."""
+    points = torch.stack([point for point, _ in tried])
+    weights = 1.0 / ((points - centre).square().sum(1) + NEAR_WEIGHS**2).sqrt()
+    kept, lost = list(tried[0][1].kept), list(tried[0][1].lost)
+    found = torch.tensor([[*each.kept.values(), *each.most.values()] for _, each in tried], dtype=torch.float64)
+    fit = torch.linalg.lstsq(weights[:, None] * _terms(points), weights[:, None] * found, driver="gelsd").solution
+    said = (_terms(candidates) @ fit).tolist()
+    return [
+        Standing(kept=dict(zip(kept, each, strict=False)), lost=dict(zip(lost, each[len(kept) :], strict=True)))
+        for each in said
+    ]
+
+
+def _terms(points: Float[Tensor, "N E"]) -> Float[Tensor, "N T"]:
+    """Factors, and products of two."""
+    first, second = torch.triu_indices(points.shape[1], points.shape[1])
+    return torch.cat([points, points[:, first] * points[:, second]], dim=1)
 
 
 def joined(one: HeldOutReading, other: HeldOutReading) -> HeldOutReading:
