@@ -22,7 +22,7 @@ from wpmerge.memory import Budget
 from wpmerge.models import Family, bounded, open_family
 from wpmerge.readouts import LogProbReadout, ReplyReadout, measure, reply_readout
 from wpmerge.refining import Merging, RefineSettings, _Draw, _Walk, _weigh_skill, direction, make_ease, refine
-from wpmerge.retaining import best_factors, joined, keep_to_retain_sets
+from wpmerge.retaining import best_factors, joined, keep_to_retain_sets, worth_beside
 from wpmerge.rows import pack
 
 EXPERTS = ("letters", "marks", "frame")
@@ -264,9 +264,24 @@ def test_factors_are_about_as_good_as_the_best_of_many(experts: int, seed: int) 
     assert len(asked) <= 16 and standing == evaluate(factors)
     assert float(factors.min()) >= 0.0 and float(factors.max()) <= 1.0
     many = torch.quasirandom.SobolEngine(experts, seed=1).draw(4096, dtype=torch.float64)
-    best = max(evaluate(each).worth(0.02) for each in many)
-    assert standing.worth(0.02) > best - 0.03
+    free = evaluate(torch.ones(experts, dtype=torch.float64))
+    best = max(worth_beside(evaluate(each), free, 0.02) for each in many)
+    assert worth_beside(standing, free, 0.02) > best - 0.03
     assert standing.excess(0.02) < 0.02
+
+
+def test_what_factors_take_counts_by_the_share_of_the_experts_replies() -> None:
+    """Of .5 a tenth of the replies is as much as of .9; gains count up to the expert, the tolerance as elsewhere."""
+    free = Standing(kept={"prose": 0.5, "sums": 0.9, "more": 1.2}, lost={"plain": 0.3})
+    kept = {"prose": 0.4, "sums": 0.8, "more": 1.1}
+    within = Standing(kept=kept, lost={"plain": 0.01}, errors={"plain": 0.005})
+    assert worth_beside(within, free, 0.02) == pytest.approx(2 * math.log(0.91) + math.log(1.01))
+    beyond = dataclasses.replace(within, errors={"plain": 0.02})
+    assert worth_beside(beyond, free, 0.02) == pytest.approx(worth_beside(within, free, 0.02) - 4 * 0.5)
+    better = dataclasses.replace(within, kept=kept | {"sums": 1.3})
+    assert worth_beside(better, free, 0.02) == pytest.approx(math.log(0.91) + math.log(1.11) + math.log(1.01))
+    lost = dataclasses.replace(within, kept={"prose": -0.2, "sums": 0.9, "more": 1.0})
+    assert worth_beside(lost, free, 0.02) == pytest.approx(math.log(0.51) + 2 * math.log(1.01))
 
 
 def test_factors_are_one_where_nothing_is_lost_or_nothing_may_be_run() -> None:

@@ -8,6 +8,7 @@ nothing that others confirm (docs/log.md, "Factors alone keep to a retain set").
 Shape suffixes: E experts, N merges, T terms of a quadratic.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from wpmerge.calibration import HeldOutReading, Standing
+from wpmerge.calibration import EPSILON, PENALTY, HeldOutReading, Standing
 from wpmerge.readouts import LogProbReadout
 from wpmerge.refining import Merging, Refined
 from wpmerge.rows import pack
@@ -82,7 +83,7 @@ def keep_to_retain_sets(
 def best_factors(
     evaluate: Callable[[Float[Tensor, " E"]], Standing], experts: int, *, tolerance: float, evaluations: int
 ) -> tuple[Float[Tensor, " E"], Standing]:
-    """Search for factors by response surfaces (Box and Wilson 1951).
+    """Search for factors by response surfaces (Box and Wilson 1951); :func:`worth_beside` says which are better.
 
     Every retention and loss is a smooth function of the factors, and 0 where all of them are: a quadratic without a
     constant is fitted to the merges that were run, those near the best one weighing most, and the merge that it says
@@ -106,12 +107,15 @@ def best_factors(
         tried.append((point, evaluate(point)))
         return True
 
+    def worth(standing: Standing) -> float:
+        return worth_beside(standing, tried[0][1], tolerance)
+
     def best() -> tuple[Float[Tensor, " E"], Standing]:
-        return max(tried, key=lambda each: each[1].worth(tolerance))
+        return max(tried, key=lambda each: worth(each[1]))
 
     def promising(candidates: Float[Tensor, "N E"]) -> Float[Tensor, " E"]:
         said = _predicted(tried, best()[0], candidates)
-        return candidates[max(range(len(said)), key=lambda number: said[number].worth(tolerance))]
+        return candidates[max(range(len(said)), key=lambda number: worth(said[number]))]
 
     whole = torch.ones(experts, dtype=torch.float64)
     run(whole)
@@ -128,6 +132,22 @@ def best_factors(
     while run(promising((best()[0] + around).clamp(0.0, 1.0))):
         pass
     return best()
+
+
+def worth_beside(standing: Standing, free: Standing, tolerance: float) -> float:
+    """What a merge is worth beside the one without factors, ``free``: Σ_f log(ε + 1 − what R̂_f fell by).
+
+    Before factors a merge may behave like an expert and yet find many of its replies unlikely, which is wording
+    (docs/log.md, "What factors may cost"). So a skill counts by how much of the replies factors take, not of what was
+    kept; what they give counts too. Less :data:`~wpmerge.calibration.PENALTY` for each tolerance that
+    a retain set may have lost beyond the first.
+    """
+    left = (1.0 + _bounded(value) - _bounded(free.kept[name]) for name, value in standing.kept.items())
+    return sum(math.log(EPSILON + each) for each in left) - PENALTY * standing.excess(tolerance)
+
+
+def _bounded(retention: float) -> float:
+    return min(1.0, max(0.0, retention))
 
 
 def _predicted(
