@@ -222,6 +222,13 @@ def test_a_merge_is_kept_to_a_retain_set(demo: Family) -> None:
     factors = torch.tensor([found.factors[name] for name in case.experts], dtype=torch.float64)
     torch.testing.assert_close(found.coefficients, factors[:, None] * merge)
     assert said == [(number, 20) for number in range(1, evaluations + 1)]
+    turned = dataclasses.replace(case, experts=dict(reversed(case.experts.items())))
+    flipped = dataclasses.replace(free, coefficients=free.coefficients.flip(0))
+    other, _ = keep_to_retain_sets(
+        turned, flipped, {**skills, "plain": seen}, {**skills, "plain": held}, tolerance=0.005, evaluations=20,
+        progress=lambda *_: None,
+    )  # fmt: skip
+    assert other.factors == pytest.approx(found.factors, abs=1e-3)
     untouched, once = keep(tolerance=1e3)
     assert not untouched.factors and once == 1 and torch.equal(untouched.coefficients, merge)
 
@@ -270,18 +277,47 @@ def test_factors_are_about_as_good_as_the_best_of_many(experts: int, seed: int) 
     assert standing.excess(0.02) < 0.02
 
 
-def test_what_factors_take_counts_by_the_share_of_the_experts_replies() -> None:
-    """Of .5 a tenth of the replies is as much as of .9; gains count up to the expert, the tolerance as elsewhere."""
+def test_a_little_less_counts_alike_for_every_skill_and_a_lost_one_much() -> None:
     free = Standing(kept={"prose": 0.5, "sums": 0.9, "more": 1.2}, lost={"plain": 0.3})
-    kept = {"prose": 0.4, "sums": 0.8, "more": 1.1}
-    within = Standing(kept=kept, lost={"plain": 0.01}, errors={"plain": 0.005})
-    assert worth_beside(within, free, 0.02) == pytest.approx(2 * math.log(0.91) + math.log(1.01))
-    beyond = dataclasses.replace(within, errors={"plain": 0.02})
-    assert worth_beside(beyond, free, 0.02) == pytest.approx(worth_beside(within, free, 0.02) - 4 * 0.5)
-    better = dataclasses.replace(within, kept=kept | {"sums": 1.3})
-    assert worth_beside(better, free, 0.02) == pytest.approx(math.log(0.91) + math.log(1.11) + math.log(1.01))
-    lost = dataclasses.replace(within, kept={"prose": -0.2, "sums": 0.9, "more": 1.0})
-    assert worth_beside(lost, free, 0.02) == pytest.approx(math.log(0.51) + 2 * math.log(1.01))
+    within = Standing(kept={"prose": 0.5, "sums": 0.9, "more": 1.1}, lost={"plain": 0.01}, errors={"plain": 0.005})
+    worth = worth_beside(within, free, 0.02)
+    assert worth == pytest.approx(0.5 * math.log(0.51) + 0.9 * math.log(0.91) + math.log(1.01))
+    assert worth_beside(dataclasses.replace(within, errors={"plain": 0.02}), free, 0.02) == pytest.approx(worth - 2.0)
+
+    def cost(name: str, kept: float) -> float:
+        return worth - worth_beside(dataclasses.replace(within, kept={**within.kept, name: kept}), free, 0.02)
+
+    assert cost("prose", 0.49) == pytest.approx(cost("sums", 0.89), rel=0.02) == pytest.approx(0.01, rel=0.02)
+    assert cost("prose", -0.3) == cost("prose", 0.0) > 1.9 > 5 * cost("prose", 0.25)
+
+
+def _by_hand(experts: int, lost: Callable[[torch.Tensor], dict[str, float]]) -> Callable[[torch.Tensor], Standing]:
+    """Every expert keeps of its skill what its factor says."""
+
+    def evaluate(factors: torch.Tensor) -> Standing:
+        return Standing(kept={str(number): float(each) for number, each in enumerate(factors)}, lost=lost(factors))
+
+    return evaluate
+
+
+def test_the_expert_that_costs_a_retain_set_gives_way() -> None:
+    """f₀² ≤ .02 where the others are free: √.02, 1; two sets, each the doing of another expert; six experts."""
+    one = _by_hand(2, lambda f: {"plain": float(f[0] ** 2)})
+    factors, _ = best_factors(one, 2, tolerance=0.02, evaluations=16)
+    assert factors.tolist() == pytest.approx([0.1414, 1.0], abs=0.015)
+    two = _by_hand(2, lambda f: {"plain": float(f[0] ** 2), "code": float(0.1 * f[1] ** 2)})
+    factors, _ = best_factors(two, 2, tolerance=0.02, evaluations=16)
+    assert factors.tolist() == pytest.approx([0.1414, 0.4472], abs=0.02)
+    six = _by_hand(6, lambda f: {"plain": float(0.2 * f[4] ** 2)})
+    factors, standing = best_factors(six, 6, tolerance=0.02, evaluations=18)
+    assert standing.excess(0.02) < 0.05
+    assert factors.argmin() == 4 and factors[4] < 0.35 and factors.mean() > 0.6
+
+
+def test_a_merge_without_numbers_is_refused() -> None:
+    for lost in (math.nan, math.inf):
+        with pytest.raises(RecipeError, match="not a number"):
+            best_factors(_by_hand(2, lambda _, lost=lost: {"plain": lost}), 2, tolerance=0.02, evaluations=16)
 
 
 def test_factors_are_one_where_nothing_is_lost_or_nothing_may_be_run() -> None:

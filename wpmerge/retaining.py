@@ -5,7 +5,7 @@ after the steps"). So it gets back what it lost, each expert's coefficients bein
 Steps that win back for the skills what they can, within what a set may lose, learn the set's own questions and add
 nothing that others confirm (docs/log.md, "Factors alone keep to a retain set").
 
-Shape suffixes: E experts, N merges, T terms of a quadratic.
+Shape suffixes: E experts, G groups, N merges, T terms of a quadratic.
 """
 
 import math
@@ -13,25 +13,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from wpmerge.calibration import EPSILON, PENALTY, HeldOutReading, Standing
+from wpmerge.errors import RecipeError
 from wpmerge.readouts import LogProbReadout
 from wpmerge.refining import Merging, Refined
 from wpmerge.rows import pack
 from wpmerge.tuning import TOKENS_PER_ROW
 
 LEAST_EVALUATIONS = 16
-"""Merges that may be run to find the factors, whatever was allowed."""
+"""Merges that may be run to find the factors, whatever was allowed; from six experts on two for each, and six."""
 LOWERED = 0.15
 """By how much one factor alone is lowered, to see what it does."""
-RADII = (0.3, 0.15, 0.07, 0.03)
+RADII = (0.03, 0.07, 0.15, 0.3)
 """How far around the best factors better ones are looked for."""
 NEAR = 0.01
 """Factors as near as this to ones that were tried are not tried."""
-NEAR_WEIGHS = 0.1
-"""Distance at which a merge counts for a fit less than the best by a factor of √2."""
+WEIGHT_RADIUS = 0.1
+"""Distance from the best factors at which a merge counts half in a fit."""
 
 
 def keep_to_retain_sets(
@@ -63,21 +64,30 @@ def keep_to_retain_sets(
         name: joined(each, prompts[name]) if name in prompts and each.retain else each
         for name, each in held_out.items()
     }
-    allowed, run = max(LEAST_EVALUATIONS, evaluations), 0
+    experts, run = sorted(merging.experts), 0  # however they were ordered
+    allowed = max(LEAST_EVALUATIONS, 2 * len(experts) + 6, evaluations)
+
+    def multiplied(factors: Float[Tensor, " E"]) -> Float[Tensor, "E G"]:
+        named = dict(zip(experts, factors, strict=True))
+        return torch.stack([named[name] for name in merging.experts])[:, None] * refined.coefficients
 
     def evaluate(factors: Float[Tensor, " E"]) -> Standing:
         nonlocal run
-        standing = merging.assess(factors[:, None] * refined.coefficients, judges)
+        standing = merging.assess(multiplied(factors), judges)
         run += 1
         progress(run, allowed)
         return standing
 
-    factors, standing = best_factors(evaluate, len(merging.experts), tolerance=tolerance, evaluations=allowed)
+    factors, standing = best_factors(evaluate, len(experts), tolerance=tolerance, evaluations=allowed)
     if bool((factors == 1.0).all()):
         return replace(refined, standing=standing), run
-    named = dict(zip(merging.experts, factors.tolist(), strict=True))
-    coefficients = factors[:, None] * refined.coefficients
-    return replace(refined, coefficients=coefficients, standing=standing, factors=named), run
+    named = dict(zip(experts, factors.tolist(), strict=True))
+    return replace(
+        refined,
+        coefficients=multiplied(factors),
+        standing=standing,
+        factors={name: named[name] for name in merging.experts},
+    ), run
 
 
 def best_factors(
@@ -99,13 +109,8 @@ def best_factors(
     Returns:
         The best factors that were tried, and their standing. All 1 where nothing may have lost more than the tolerance.
     """
+    assert evaluations > 0, "no merge may be run"
     tried: list[tuple[Float[Tensor, " E"], Standing]] = []
-
-    def run(point: Float[Tensor, " E"]) -> bool:
-        if len(tried) == evaluations or any(bool(((point - other).abs() < NEAR).all()) for other, _ in tried):
-            return False
-        tried.append((point, evaluate(point)))
-        return True
 
     def worth(standing: Standing) -> float:
         return worth_beside(standing, tried[0][1], tolerance)
@@ -113,37 +118,59 @@ def best_factors(
     def best() -> tuple[Float[Tensor, " E"], Standing]:
         return max(tried, key=lambda each: worth(each[1]))
 
+    def try_out(point: Float[Tensor, " E"]) -> bool:
+        if len(tried) == evaluations or any(_near(point[None], other)[0] for other, _ in tried):
+            return False
+        standing = evaluate(point)
+        numbers = [*standing.kept.values(), *standing.most.values()]
+        if not all(math.isfinite(number) for number in numbers):
+            raise RecipeError(
+                "a merge gives the held-out prompts a log-probability that is not a number",
+                got=f"factors {point.tolist()}",
+                mend="see that the experts' weights are finite",
+            )
+        tried.append((point, standing))
+        return True
+
     def promising(candidates: Float[Tensor, "N E"]) -> Float[Tensor, " E"]:
-        said = _predicted(tried, best()[0], candidates)
+        centre = best()[0]
+        for point, _ in tried:
+            if point is not centre:  # of others nothing is left to learn; the best may be the best there is
+                candidates = candidates[~_near(candidates, point)]
+        said = _predicted(tried, centre, candidates)
         return candidates[max(range(len(said)), key=lambda number: worth(said[number]))]
 
     whole = torch.ones(experts, dtype=torch.float64)
-    run(whole)
+    try_out(whole)
     if best()[1].excess(tolerance) == 0.0:
         return best()
-    run(whole / 2)
+    try_out(whole / 2)
     alike = promising(torch.linspace(0.0, 1.0, 101, dtype=torch.float64)[:, None].expand(-1, experts))
-    run(alike)
+    try_out(alike)
     if experts > 1:
         for lowered in LOWERED * torch.eye(experts, dtype=torch.float64):
-            run((alike - lowered).clamp(min=0.0))
+            try_out((alike - lowered).clamp(min=0.0))
     spread = torch.quasirandom.SobolEngine(experts, scramble=True, seed=0).draw(512, dtype=torch.float64) * 2 - 1
-    around = torch.cat([radius * spread for radius in RADII])
-    while run(promising((best()[0] + around).clamp(0.0, 1.0))):
+    around = torch.cat([torch.zeros(1, experts, dtype=torch.float64), *(radius * spread for radius in RADII)])
+    while try_out(promising((best()[0] + around).clamp(0.0, 1.0))):
         pass
     return best()
 
 
-def worth_beside(standing: Standing, free: Standing, tolerance: float) -> float:
-    """What a merge is worth beside the one without factors, ``free``: Σ_f log(ε + 1 − what R̂_f fell by).
+def _near(points: Float[Tensor, "N E"], other: Float[Tensor, " E"]) -> Bool[Tensor, " N"]:
+    return ((points - other).abs() < NEAR).all(1)
 
-    Before factors a merge may behave like an expert and yet find many of its replies unlikely, which is wording
-    (docs/log.md, "What factors may cost"). So a skill counts by how much of the replies factors take, not of what was
-    kept; what they give counts too. Less :data:`~wpmerge.calibration.PENALTY` for each tolerance that
-    a retain set may have lost beyond the first.
+
+def worth_beside(standing: Standing, free: Standing, tolerance: float) -> float:
+    """What a merge is worth beside the one without factors, ``free``: Σ_f R̂_f(free) · log(ε + min(1, R̂_f)).
+
+    A merge may behave like an expert and yet find half of its replies unlikely: the rest is wording (docs/log.md, "What
+    factors may cost"). With these weights a little less of the replies counts alike for every skill, however much of
+    them was kept, and a skill that is lost still costs much. Less :data:`~wpmerge.calibration.PENALTY` for each
+    tolerance that a retain set may have lost beyond the first.
     """
-    left = (1.0 + _bounded(value) - _bounded(free.kept[name]) for name, value in standing.kept.items())
-    return sum(math.log(EPSILON + each) for each in left) - PENALTY * standing.excess(tolerance)
+    kept = sum(_bounded(free.kept[name]) * math.log(EPSILON + _bounded(value)) for name, value in standing.kept.items())
+    return kept - PENALTY * standing.excess(tolerance)
 
 
 def _bounded(retention: float) -> float:
@@ -155,15 +182,17 @@ def _predicted(
     centre: Float[Tensor, " E"],
     candidates: Float[Tensor, "N E"],
 ) -> list[Standing]:
-    """What quadratics through the merges that were run say of others; losses with their standard error."""
+    """What quadratics through the merges that were run say of others; losses are what may have been lost."""
     points = torch.stack([point for point, _ in tried])
-    weights = 1.0 / ((points - centre).square().sum(1) + NEAR_WEIGHS**2).sqrt()
+    weights = 1.0 / ((points - centre).square().sum(1) + WEIGHT_RADIUS**2).sqrt()
     kept, lost = list(tried[0][1].kept), list(tried[0][1].lost)
     found = torch.tensor([[*each.kept.values(), *each.most.values()] for _, each in tried], dtype=torch.float64)
     fit = torch.linalg.lstsq(weights[:, None] * _terms(points), weights[:, None] * found, driver="gelsd").solution
     said = (_terms(candidates) @ fit).tolist()
     return [
-        Standing(kept=dict(zip(kept, each, strict=False)), lost=dict(zip(lost, each[len(kept) :], strict=True)))
+        Standing(
+            kept=dict(zip(kept, each[: len(kept)], strict=True)), lost=dict(zip(lost, each[len(kept) :], strict=True))
+        )
         for each in said
     ]
 
