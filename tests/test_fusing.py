@@ -331,7 +331,7 @@ def counted(runs: list[str], name: str, real: Any, *args: Any, **options: Any) -
     [
         ("choosing scales", 2),
         ("refining", 2),
-        ("keeping to the retain sets", 3),
+        ("keeping to the retain sets", 2),
     ],
 )
 def test_an_interrupted_fusion_goes_on_and_ends_in_the_same_bytes(
