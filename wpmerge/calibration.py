@@ -202,9 +202,9 @@ class Standing:
         """What the retain sets may have lost beyond the tolerance, in tolerances."""
         return sum(max(0.0, value / tolerance - 1.0) for value in self.most.values())
 
-    def worth(self, tolerance: float = TOLERANCE) -> float:
+    def worth(self, tolerance: float = TOLERANCE, weights: Mapping[str, float] | None = None) -> float:
         """The utility, less :data:`PENALTY` for each tolerance that a retain set may have lost beyond the first."""
-        return utility(self.kept) - PENALTY * self.excess(tolerance)
+        return utility(self.kept, weights) - PENALTY * self.excess(tolerance)
 
 
 def assess(engine: Engine, merged: WeightSource, readings: Mapping[str, HeldOutReading]) -> Standing:
@@ -244,9 +244,16 @@ def retention(engine: Engine, merged: WeightSource, readings: Mapping[str, HeldO
     return dict(assess(engine, merged, readings).kept)
 
 
-def utility(kept: Mapping[str, float]) -> float:
-    """Σ_f log(ε + min(1, R̂_f)); a capability below the base counts as none."""
-    return sum(math.log(EPSILON + min(1.0, max(0.0, value))) for value in kept.values())
+def utility(kept: Mapping[str, float], weights: Mapping[str, float] | None = None) -> float:
+    """Σ_f w_f log(ε + min(1, R̂_f)), every w_f 1 unless given; a capability below the base counts as none."""
+    return sum(
+        (1.0 if weights is None else weights[name]) * math.log(EPSILON + bounded(value)) for name, value in kept.items()
+    )
+
+
+def bounded(retention: float) -> float:
+    """A retention within [0, 1]: below the base counts as the base, beyond the expert as the expert."""
+    return min(1.0, max(0.0, retention))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from wpmerge.calibration import EPSILON, PENALTY, HeldOutReading, Standing
+from wpmerge.calibration import HeldOutReading, Standing, bounded
 from wpmerge.errors import RecipeError
 from wpmerge.readouts import LogProbReadout
 from wpmerge.refining import Merging, Refined
@@ -65,15 +65,12 @@ def keep_to_retain_sets(
         for name, each in held_out.items()
     }
     experts, run = sorted(merging.experts), 0  # however they were ordered
+    places = [experts.index(name) for name in merging.experts]
     allowed = max(LEAST_EVALUATIONS, 2 * len(experts) + 6, evaluations)
-
-    def multiplied(factors: Float[Tensor, " E"]) -> Float[Tensor, "E G"]:
-        named = dict(zip(experts, factors, strict=True))
-        return torch.stack([named[name] for name in merging.experts])[:, None] * refined.coefficients
 
     def evaluate(factors: Float[Tensor, " E"]) -> Standing:
         nonlocal run
-        standing = merging.assess(multiplied(factors), judges)
+        standing = merging.assess(factors[places, None] * refined.coefficients, judges)
         run += 1
         progress(run, allowed)
         return standing
@@ -81,13 +78,10 @@ def keep_to_retain_sets(
     factors, standing = best_factors(evaluate, len(experts), tolerance=tolerance, evaluations=allowed)
     if bool((factors == 1.0).all()):
         return replace(refined, standing=standing), run
-    named = dict(zip(experts, factors.tolist(), strict=True))
-    return replace(
-        refined,
-        coefficients=multiplied(factors),
-        standing=standing,
-        factors={name: named[name] for name in merging.experts},
-    ), run
+    factors = factors[places]
+    coefficients = factors[:, None] * refined.coefficients
+    named = dict(zip(merging.experts, factors.tolist(), strict=True))
+    return replace(refined, coefficients=coefficients, standing=standing, factors=named), run
 
 
 def best_factors(
@@ -169,12 +163,7 @@ def worth_beside(standing: Standing, free: Standing, tolerance: float) -> float:
     them was kept, and a skill that is lost still costs much. Less :data:`~wpmerge.calibration.PENALTY` for each
     tolerance that a retain set may have lost beyond the first.
     """
-    kept = sum(_bounded(free.kept[name]) * math.log(EPSILON + _bounded(value)) for name, value in standing.kept.items())
-    return kept - PENALTY * standing.excess(tolerance)
-
-
-def _bounded(retention: float) -> float:
-    return min(1.0, max(0.0, retention))
+    return standing.worth(tolerance, weights={name: bounded(value) for name, value in free.kept.items()})
 
 
 def _predicted(

@@ -78,7 +78,7 @@ class FuseSettings:
         tolerance: what a merge may lose on a retain set, nats per token, a standard error over its questions included.
         max_coefficient: λ_max.
         evaluations: merges run on the held-out prompts to choose the numbers, at least 1. On top come what ``refine``
-            needs to look where its steps are, and with retain sets up to 16 merges for factors.
+            needs to look where its steps are, and with retain sets 16 merges for factors, from six experts on more.
         seed: of ``refine``'s batches.
         max_memory: what the process's resident memory is planned to stay within, bytes; None for no limit.
 
